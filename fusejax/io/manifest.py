@@ -1,0 +1,180 @@
+"""Manifests: what an artefact is, what made it, and the checksums that prove it whole.
+
+Every artefact directory holds a `manifest.json`, written last and atomically: a directory without one is
+unfinished work. A manifest names its kind and schema version, the fusejax version, the part of the
+configuration that determines its content, the fingerprints of its parents, and size and xxh3 checksum of each
+file. `fingerprint` hashes what determines the content and nothing else (no path, no date), so a stage can tell
+"done", "changed" and "unfinished" apart without reading data.
+
+Deliberately not here: signatures. A checksum finds damage, not malice.
+"""
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Manifest",
+    "atomic_directory",
+    "file_checksum",
+    "fingerprint_of",
+    "read_manifest",
+    "verify_directory",
+    "write_json",
+    "write_manifest",
+]
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from fusejax.errors import InputError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_MAX_MANIFEST_BYTES = 200_000_000
+
+
+class Manifest(NamedTuple):
+    """The contents of a `manifest.json`."""
+
+    kind: str  # "corpus", "captured", "aligned", "fused", "model", ...
+    fingerprint: str  # hash of kind, settings and parents
+    settings: dict[str, Any]  # what determines the content
+    parents: dict[str, str]  # name -> fingerprint
+    facts: dict[str, Any]  # counts and measurements, free to differ between runs
+    files: dict[str, dict[str, Any]]  # relative path -> {"bytes": n, "xxh3": hex}
+    version: str  # of fusejax
+    schema: int
+
+
+def fingerprint_of(value: Any) -> str:
+    """Returns the xxh3-128 hex digest of a JSON-able value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def file_checksum(path: Path) -> str:
+    """Returns the xxh3-128 hex digest of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to `path` so that a reader sees either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Checksums every file under `directory` and writes its manifest, last and atomically."""
+    from fusejax import __version__
+
+    directory = Path(directory)
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents or {}), "schema": SCHEMA_VERSION}
+    manifest = Manifest(
+        kind=kind,
+        fingerprint=fingerprint_of(identity),
+        settings=dict(settings),
+        parents=dict(parents or {}),
+        facts=dict(facts or {}),
+        files=files,
+        version=__version__,
+        schema=SCHEMA_VERSION,
+    )
+    write_json(directory / MANIFEST, manifest._asdict())
+    return manifest
+
+
+def read_manifest(directory: Path, *, kind: str | None = None) -> Manifest:
+    """Reads a manifest and refuses another kind or a newer schema.
+
+    Raises:
+      InputError: there is none, it cannot be parsed, or its kind or schema is not what is expected.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{directory} holds no {MANIFEST}: it is not a finished artefact; run the stage that makes it")
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, over the limit of {_MAX_MANIFEST_BYTES}")
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a fusejax manifest ({error}); delete {directory} and make it again") from error
+    if manifest.schema != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema {manifest.schema}, this fusejax reads schema {SCHEMA_VERSION}; "
+            "make the artefact again or use the fusejax that made it"
+        )
+    if kind is not None and manifest.kind != kind:
+        raise InputError(f"{directory} is a {manifest.kind!r} artefact, expected {kind!r}")
+    return manifest
+
+
+def verify_directory(directory: Path) -> list[str]:
+    """Returns what is wrong with the files a manifest lists: missing, of another size, or changed."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    bad = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            bad.append(f"{path}: missing")
+        elif path.stat().st_size != entry["bytes"]:
+            bad.append(f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}")
+        elif file_checksum(path) != entry["xxh3"]:
+            bad.append(f"{path}: checksum differs from the manifest")
+    identity = {
+        "kind": manifest.kind,
+        "settings": manifest.settings,
+        "parents": manifest.parents,
+        "schema": manifest.schema,
+    }
+    if fingerprint_of(identity) != manifest.fingerprint:
+        bad.append(f"{directory / MANIFEST}: settings do not belong to the fingerprint")
+    return bad
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yields a temporary sibling directory that becomes `final` when the block ends without an error."""
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
