@@ -1,0 +1,270 @@
+"""The configuration of a run: pydantic models read from YAML, one per stage.
+
+Every field has a description, which `--help` and the JSON schema show. Unknown keys are refused with the
+nearest known one. Only `cli` and `stages` see these classes; functions below them take plain values.
+Relative paths are relative to the directory in which the command runs.
+"""
+
+__all__ = [
+    "AlignConfig",
+    "CaptureConfig",
+    "CorpusConfig",
+    "EvaluateConfig",
+    "FusionConfig",
+    "LossConfig",
+    "MergeConfig",
+    "MeshConfig",
+    "ModelRef",
+    "RunConfig",
+    "TextSource",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusejax.errors import InputError, nearest
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelRef(_Config):
+    """A model and its tokenizer."""
+
+    model: str = Field(description="Hugging Face directory, fusejax checkpoint directory, or hub name (org/name).")
+    name: str = Field("", description="Short name in tables and directories; default: the last part of `model`.")
+    revision: str | None = Field(None, description="Revision of a hub name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"model": values}
+        if isinstance(values, dict) and not values.get("name") and isinstance(values.get("model"), str):
+            values = values | {"name": Path(values["model"]).name}
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        import re
+
+        if not re.match(_NAME, name):
+            raise ValueError(f"{name!r} is no plain name (letters, digits, '_', '.', '-'); give `name`")
+        return name
+
+
+class TextSource(_Config):
+    """Where documents come from."""
+
+    path: str = Field(description="JSONL, parquet, folder of text files, saved dataset, or datasets hub name.")
+    domain: str = Field("text", description="Domain, the column of the results table.", pattern=_NAME)
+    format: Literal["jsonl", "parquet", "text", "datasets"] | None = Field(None, description="None: by the suffix.")
+    text_field: str = Field("text", description="Field that holds the text.")
+    split: str | None = Field(None, description="Split of a `datasets` source.")
+    limit: int | None = Field(None, ge=1, description="Read at most this many documents.")
+
+
+class CorpusConfig(_Config):
+    """The text of a run."""
+
+    train: tuple[TextSource, ...] = Field(description="Documents that are captured and trained on.", min_length=1)
+    valid: tuple[TextSource, ...] = Field((), description="Held out for curves; empty: taken from train by a hash.")
+    test: tuple[TextSource, ...] = Field((), description="Held out for the table; empty: taken from train by a hash.")
+    valid_fraction: float = Field(0.05, ge=0, lt=0.5, description="Share of train taken where `valid` is empty.")
+    test_fraction: float = Field(0.05, ge=0, lt=0.5, description="Share of train taken where `test` is empty.")
+    max_document_bytes: int = Field(8192, ge=16, description="Longer documents are cut, losslessly, in bytes.")
+    max_train_bytes: int | None = Field(None, ge=1, description="Cap on the bytes of training text per domain.")
+    max_eval_bytes: int | None = Field(None, ge=1, description="Cap on the bytes of valid and of test, per domain.")
+
+
+class CaptureConfig(_Config):
+    """Running the sources over the corpus."""
+
+    top_k: int = Field(10, ge=1, le=1024, description="Entries stored per position.")
+    context: int = Field(2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(16384, ge=1, description="Tokens per forward call.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="How log-probabilities are stored.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of activations.")
+    shard_size: int = Field(256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
+
+
+class AlignConfig(_Config):
+    """Carrying distributions to the target's tokenizer."""
+
+    vocabulary: Literal["coarse", "exact"] = Field("coarse", description="Common symbols, or identical spellings.")
+
+
+class FusionConfig(_Config):
+    """One fusion of sources, which trains one target."""
+
+    name: str = Field("fused", description="Name of the trained target.", pattern=_NAME)
+    sources: tuple[str, ...] = Field((), description="Names of the sources; empty: all of them.")
+    method: Literal["min_ce", "avg_ce"] = Field("min_ce", description="FuseLLM's fusion function.")
+    score: Literal["bits_per_byte", "token_ce"] = Field(
+        "bits_per_byte", description="How sources are compared: per byte, or per own token as in the papers."
+    )
+    window_bytes: int | None = Field(256, ge=1, description="Bytes over which sources are compared; None: document.")
+    include_target: bool = Field(False, description="The target's own start distribution takes part (FuseLLM).")
+    temperature: float = Field(1.0, gt=0, description="Of avg_ce's softmax over negative scores.")
+
+
+class LossConfig(_Config):
+    """clm_weight * CLM + fusion_weight * D(fused || target), in nats per trained token."""
+
+    clm_weight: float = Field(0.9, ge=0, description="Weight of the causal language modelling loss.")
+    fusion_weight: float = Field(0.1, ge=0, description="Weight of the divergence.")
+    divergence: Literal["kl", "ce", "reverse_kl", "jsd"] = Field("kl", description="Divergence to the target.")
+    tail: Literal["bucket", "renormalize", "zero"] = Field("bucket", description="What the mass outside top-k does.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of the target's softmax in the divergence.")
+    max_members: int = Field(256, ge=1, description="Gathered token ids per position; larger groups join the rest.")
+
+
+class TrainConfig(_Config):
+    """Training the target."""
+
+    baseline: bool = Field(True, description="Also train on CLM alone, from the same start on the same tokens.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the corpus.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
+    batch_size: int = Field(128, ge=1, description="Rows per optimiser step.")
+    seq_len: int = Field(2048, ge=2, description="Tokens per row.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    packing: bool = Field(True, description="Several documents per row, without attention across them.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
+    warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of the steps spent warming up.")
+    adam_b1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
+    adam_b2: float = Field(0.95, ge=0, lt=1, description="AdamW beta 2.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; norms and biases have none.")
+    clip_norm: float = Field(1.0, gt=0, description="Global norm to which gradients are clipped.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of activations.")
+    remat: Literal["none", "dots", "full"] = Field("none", description="What is recomputed in the backward pass.")
+    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events.")
+
+
+class MeshConfig(_Config):
+    """Devices per mesh axis; the product must divide the number of devices."""
+
+    data: int = Field(1, ge=1, description="Replicas that see different rows.")
+    fsdp: int = Field(1, ge=1, description="Shards of parameters and rows.")
+    tensor: int = Field(1, ge=1, description="Shards of heads, mlp and vocabulary.")
+
+
+class MergeConfig(_Config):
+    """Merging the fused targets."""
+
+    method: str = Field("sce", description="A method of `fusejax merge --help`.")
+    targets: tuple[str, ...] = Field((), description="Trained targets to merge; empty: all fusions.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the method.")
+
+
+class EvaluateConfig(_Config):
+    """Bits per byte on the test split."""
+
+    context: int = Field(2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(16384, ge=1, description="Tokens per forward call.")
+    ensemble: bool = Field(True, description="Also the mean-probability ensemble of the sources and the target.")
+
+
+class RunConfig(_Config):
+    """A whole run: corpus, sources, target, fusions, training, merge, evaluation."""
+
+    output: str = Field(description="Directory of the run's artefacts.")
+    seed: int = Field(0, ge=0, description="Seed of splits, data order and initialisation.")
+    target: ModelRef = Field(description="The model that is trained.")
+    sources: tuple[ModelRef, ...] = Field(description="The models whose distributions are fused.", min_length=1)
+    corpus: CorpusConfig
+    capture: CaptureConfig = CaptureConfig()
+    align: AlignConfig = AlignConfig()
+    fusions: tuple[FusionConfig, ...] = Field((FusionConfig(),), description="Fusions; each trains one target.")
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    merge: MergeConfig | None = Field(None, description="None: nothing is merged.")
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "RunConfig":
+        names = [source.name for source in self.sources]
+        fusions = [fusion.name for fusion in self.fusions]
+        for kind, found in (("sources", names), ("fusions", fusions)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"{kind} must have different names, got {found}; set `name`")
+        reserved = {"target", "clm", "merged", "ensemble"}
+        if bad := reserved & set(fusions):
+            raise ValueError(f"fusion names {sorted(bad)} are reserved")
+        for fusion in self.fusions:
+            for name in fusion.sources:
+                if name not in names:
+                    raise ValueError(f"fusion {fusion.name!r} names source {name!r}; sources are {names}")
+        if self.merge and (bad := set(self.merge.targets) - set(fusions) - {"clm"}):
+            raise ValueError(f"merge names targets {sorted(bad)}; fusions are {fusions}")
+        if self.loss.clm_weight + self.loss.fusion_weight <= 0:
+            raise ValueError("clm_weight and fusion_weight are both 0: nothing would be trained")
+        return self
+
+
+def _explain(error: ValidationError, where: str) -> InputError:
+    lines = []
+    for item in error.errors():
+        path = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(RunConfig, item["loc"][:-1])
+            lines.append(f"{path}: unknown key.{nearest(str(item['loc'][-1]), known)} Known: {', '.join(known)}")
+        else:
+            shown = f", got {item['input']!r}" if not isinstance(item["input"], dict) else ""
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return InputError(f"{where} is not a valid configuration:\n  " + "\n  ".join(lines))
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    """The field names of the nested configuration class at an error's location."""
+    for key in location:
+        if isinstance(key, int) or key not in model.model_fields:
+            continue
+        found = [model.model_fields[key].annotation]
+        while found:
+            annotation = found.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+                break
+            found.extend(getattr(annotation, "__args__", ()))
+    return sorted(model.model_fields)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads and validates a YAML configuration.
+
+    Raises:
+      InputError: the file is missing, is no YAML mapping, or has unknown keys or values out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no configuration file at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, expected a mapping of configuration keys")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, str(path)) from error
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
