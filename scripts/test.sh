@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that CI runs: lint, format, types, tests, the main job end to end, the fast tests on a second Python.
+#
+#   bash scripts/test.sh                  needs network to the package index the first time only
+#
+# Every check runs even after one has failed; the exit code is 1 where any did. FUSEJAX_PYTHON names the interpreter,
+# FUSEJAX_TEST_WORKERS the number of test processes (default 2: each test process has eight fake CPU devices).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/common.sh
+. scripts/common.sh
+
+python=$(find_python) || {
+  echo "No Python 3.11 or newer with venv was found as python3, python3.1x or under pyenv." >&2
+  exit 2
+}
+ensure_venv .venv "$python"
+install .venv test
+
+failed=()
+# check NAME COMMAND...: runs one check, says how long it took and remembers a failure.
+check() {
+  local name="$1" start=$SECONDS
+  shift
+  say "$name: $*"
+  if "$@"; then
+    echo "-- $name passed in $((SECONDS - start)) s"
+  else
+    failed+=("$name")
+    echo "-- $name FAILED in $((SECONDS - start)) s"
+  fi
+}
+
+workers=${FUSEJAX_TEST_WORKERS:-2}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1
+
+check lint .venv/bin/ruff check .
+check format .venv/bin/ruff format --check .
+check types .venv/bin/pyright --pythonpath .venv/bin/python
+check tests .venv/bin/python -m pytest -q -n "$workers" --durations=10
+check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart" --json
+
+first=$(.venv/bin/python -c 'import sys; print(sys.version_info[1])')
+second=11
+[ "$first" != 11 ] || second=12
+if other=$(find_python "$second"); then
+  ensure_venv ".venv-3$second" "$other"
+  install ".venv-3$second" test
+  check "tests on Python 3.$second" ".venv-3$second/bin/python" -m pytest -q -n "$workers" -m "not slow"
+else
+  say "No second interpreter: looked for python3.$second on PATH and under ${PYENV_ROOT:-$HOME/.pyenv}/versions"
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "FAILED after $SECONDS s: ${failed[*]}"
+  exit 1
+fi
+say "All checks passed in $SECONDS s"
