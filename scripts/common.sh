@@ -39,13 +39,18 @@ ensure_venv() {
 
 # install DIR EXTRA: installs fusejax[EXTRA] with the tested versions unless exactly that was done before.
 install() {
-  local stamp="$1/.fusejax-installed" key
-  key="${2:-base} $PWD $(cat pyproject.toml setup.cfg constraints.txt | cksum)"
+  local stamp="$1/.fusejax-installed" state key
+  state="$PWD $(cat pyproject.toml setup.cfg constraints.txt | cksum)"
+  key="$state ${2:-base}"
   if [ -f "$stamp" ] && grep -qxF "$key" "$stamp"; then
     say "fusejax${2:+[$2]} is installed in $1 and up to date"
     return 0
   fi
   say "Installing fusejax${2:+[$2]} into $1 with the versions of constraints.txt (a few minutes the first time)"
   "$1/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".${2:+[$2]}"
-  echo "$key" >>"$stamp"
+  if [ -f "$stamp" ] && grep -qF "$state" "$stamp"; then
+    echo "$key" >>"$stamp"
+  else
+    echo "$key" >"$stamp"
+  fi
 }

@@ -36,9 +36,9 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1
 
-check lint .venv/bin/ruff check .
-check format .venv/bin/ruff format --check .
-check types .venv/bin/pyright --pythonpath .venv/bin/python
+check lint .venv/bin/python -m ruff check .
+check format .venv/bin/python -m ruff format --check .
+check types .venv/bin/python -m pyright --pythonpath .venv/bin/python
 check tests .venv/bin/python -m pytest -q -n "$workers" --durations=10
 check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart" --json
 
