@@ -1,0 +1,306 @@
+"""Documents, and the corpus (artefact A0) that every later stage reads.
+
+A corpus is a directory with one Arrow stream file per split (`train.arrow`, ...), the file that
+`datasets.Dataset.from_file` maps: columns `id`, `text`, `domain`, `origin`, all strings. It is written in
+batches and read through a memory map, so neither side holds the corpus in memory.
+
+A split is a function of the *original* document's text and of nothing else. So a document keeps its split when
+others are added, removed or reordered, equal texts share a split, and the pieces of a long document never
+straddle two splits: a piece carries the hash of its original in `origin`.
+
+Deliberately not done: stratification by domain (the hash already gives every domain the same expected share),
+fuzzy de-duplication of the user's own data (only the embedded corpus needs it), a manifest (the stages write it from
+what `write_corpus` returns).
+"""
+
+__all__ = [
+    "CorpusReader",
+    "Document",
+    "corpus_fingerprint",
+    "cut_documents",
+    "dedupe",
+    "read_corpus",
+    "split_documents",
+    "split_long",
+    "write_corpus",
+]
+
+import bisect
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+import xxhash
+
+from fusejax.errors import InputError, nearest
+
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "domain", "origin")])
+_BATCH_BYTES = 1 << 24
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_PARAGRAPH = re.compile(r"\n[ \t]*\n+")
+_LINE = re.compile(r"\n")
+_SPACE = re.compile(r"[ \t]+")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """One text, with its id (unique in its corpus) and domain.
+
+    `origin` is empty for a whole document; for a piece it is the hash of the text that it was cut from.
+    """
+
+    id: str
+    text: str
+    domain: str = ""
+    origin: str = ""
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
+
+    @property
+    def split_key(self) -> str:
+        """The hash of the original document's text: what decides the split."""
+        return self.origin or xxhash.xxh3_64_hexdigest(self.text.encode())
+
+
+def split_long(text: str, max_bytes: int) -> list[str]:
+    """Cuts a text into pieces of at most `max_bytes` UTF-8 bytes whose concatenation is the text.
+
+    A cut is made after the last paragraph break that fits, else after the last line break, else after the last run
+    of spaces, else between two characters. A break in the first half of a piece is passed over for a finer one, so
+    that no piece but the last is shorter than half of `max_bytes` (up to one character).
+
+    Args:
+      text: any text; an empty one gives no pieces.
+      max_bytes: at least 4, the longest UTF-8 character.
+    """
+    if max_bytes < 4:
+        raise InputError(f"max_bytes is {max_bytes}; one UTF-8 character may need 4 bytes: give 4 or more")
+    pieces = []
+    start = 0
+    while start < len(text):
+        end = _fitting_end(text, start, max_bytes)
+        if end < len(text):
+            end = _best_cut(text, start, end)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _fitting_end(text: str, start: int, max_bytes: int) -> int:
+    """The largest end such that `text[start:end]` has at most `max_bytes` bytes."""
+    window = text[start : start + max_bytes]
+    encoded = window.encode()
+    if len(encoded) <= max_bytes:
+        return start + len(window)
+    return start + len(encoded[:max_bytes].decode(errors="ignore"))
+
+
+def _best_cut(text: str, start: int, end: int) -> int:
+    """The end of the last paragraph, line or word in the second half of `text[start:end]`, else `end`."""
+    half = start + (end - start + 1) // 2
+    for pattern in (_PARAGRAPH, _LINE, _SPACE):
+        cuts = [m.end() for m in pattern.finditer(text, half, end)]
+        if cuts:
+            return cuts[-1]
+    return end
+
+
+def cut_documents(documents: Iterable[Document], *, max_bytes: int) -> Iterator[Document]:
+    """Replaces each document longer than `max_bytes` UTF-8 bytes by pieces with ids `<id>#<n>`, text unchanged."""
+    for document in documents:
+        if document.n_bytes <= max_bytes:
+            yield document
+            continue
+        key = document.split_key
+        for number, piece in enumerate(split_long(document.text, max_bytes)):
+            yield Document(f"{document.id}#{number}", piece, document.domain, key)
+
+
+def dedupe(documents: Iterable[Document], *, on_drop: Callable[[Document], None] | None = None) -> Iterator[Document]:
+    """Keeps the first of the documents whose texts are equal up to white space.
+
+    Args:
+      documents: read once, in order.
+      on_drop: called with every document that is dropped, so that the caller can count them.
+    """
+    seen: set[int] = set()
+    for document in documents:
+        key = xxhash.xxh3_128_intdigest(" ".join(document.text.split()).encode())
+        if key not in seen:
+            seen.add(key)
+            yield document
+        elif on_drop is not None:
+            on_drop(document)
+
+
+def split_documents(
+    documents: Iterable[Document], *, valid: float = 0.05, test: float = 0.05, seed: int = 0
+) -> dict[str, list[Document]]:
+    """Sorts documents into `train`, `valid` and `test` by a hash of the original document.
+
+    Args:
+      documents: whole ones or pieces; the pieces of one document go to one split.
+      valid: expected share of documents in `valid`, in [0, 1).
+      test: expected share in `test`; `valid + test` stays below 1.
+      seed: another seed gives another, equally stable, split.
+
+    Returns:
+      The three lists, each in the order of the input.
+    """
+    if valid < 0 or test < 0 or valid + test >= 1:
+        raise InputError(f"the shares valid={valid} and test={test} must be >= 0 with a sum below 1, or train is empty")
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
+    for document in documents:
+        draw = xxhash.xxh3_64_intdigest(document.split_key.encode(), seed=seed) / 2**64
+        splits["test" if draw < test else "valid" if draw < test + valid else "train"].append(document)
+    return splits
+
+
+def corpus_fingerprint(documents: Iterable[Document]) -> str:
+    """A hash of ids, texts and domains in order: equal for equal corpora whatever the file format or library."""
+    state = xxhash.xxh3_128()
+    for document in documents:
+        _update(state, document)
+    return state.hexdigest()
+
+
+def _update(state: Any, document: Document) -> None:
+    for field in (document.id, document.text, document.domain, document.origin):
+        data = field.encode()
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+
+
+def write_corpus(directory: str | os.PathLike[str], splits: Mapping[str, Iterable[Document]]) -> dict[str, Any]:
+    """Writes each split as `<directory>/<split>.arrow`; a split is complete or absent.
+
+    Args:
+      directory: made when absent.
+      splits: name -> documents, each read once. Ids must be unique within a split and no text may be empty.
+
+    Returns:
+      What a manifest needs: `{split: {file, documents, bytes, file_bytes, checksum, fingerprint, domains}}`; `bytes`
+      are UTF-8 bytes of text, `checksum` is the XXH3-64 of the file, `domains` maps a domain to documents and bytes.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    for name in splits:
+        if not _SPLIT_NAME.fullmatch(name):
+            raise InputError(f"the split name {name!r} cannot be a file name: use letters, digits, '-' and '_'")
+    return {name: _write_split(root / f"{name}.arrow", documents) for name, documents in splits.items()}
+
+
+def _write_split(path: Path, documents: Iterable[Document]) -> dict[str, Any]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state, domains, ids = xxhash.xxh3_128(), {}, set()
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+            for batch in _batches(_checked(documents, ids, domains, state)):
+                columns = [pa.array([getattr(d, name) for d in batch], pa.string()) for name in _SCHEMA.names]
+                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "file": path.name,
+        "documents": len(ids),
+        "bytes": sum(entry["bytes"] for entry in domains.values()),
+        "file_bytes": path.stat().st_size,
+        "checksum": _file_checksum(path),
+        "fingerprint": state.hexdigest(),
+        "domains": {name: domains[name] for name in sorted(domains)},
+    }
+
+
+def _checked(documents: Iterable[Document], ids: set[str], domains: dict, state: Any) -> Iterator[Document]:
+    """Passes documents on while counting and hashing them; refuses repeated ids and empty texts."""
+    for document in documents:
+        if document.id in ids:
+            raise InputError(f"two documents have the id {document.id!r}: ids must be unique within a split")
+        if not document.text:
+            raise InputError(f"document {document.id!r} is empty: leave it out before the corpus is written")
+        ids.add(document.id)
+        entry = domains.setdefault(document.domain, {"documents": 0, "bytes": 0})
+        entry["documents"] += 1
+        entry["bytes"] += document.n_bytes
+        _update(state, document)
+        yield document
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.n_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _file_checksum(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+class CorpusReader(Sequence[Document]):
+    """The documents of one split, by index, through a memory map."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        try:
+            with pa.memory_map(str(path)) as source:
+                self._batches = pa.ipc.open_stream(source).read_all().to_batches()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path} is not a readable Arrow stream ({error}): run `fusejax prepare` again") from error
+        if any(batch.schema.names != _SCHEMA.names for batch in self._batches):
+            raise InputError(
+                f"{path} has the columns {self._batches[0].schema.names}, expected {_SCHEMA.names}: it was not written "
+                "by write_corpus; read it with read_documents"
+            )
+        self._ends = []
+        for batch in self._batches:
+            self._ends.append(batch.num_rows + (self._ends[-1] if self._ends else 0))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[number] - self._batches[number].num_rows)
+        return Document(*(column[row].as_py() for column in self._batches[number].columns))
+
+
+def read_corpus(directory: str | os.PathLike[str], split: str) -> CorpusReader:
+    """Opens one split of a corpus that `write_corpus` wrote.
+
+    Errors: InputError when the directory or the split is missing (the splits that are there are named) or when the
+    file is damaged.
+    """
+    path = Path(directory) / f"{split}.arrow"
+    if not path.is_file():
+        found = sorted(p.stem for p in Path(directory).glob("*.arrow"))
+        hint = f"it holds {found}.{nearest(split, found)}" if found else "it holds no corpus: run `fusejax prepare`"
+        raise InputError(f"{directory} has no split {split!r}: {hint}")
+    return CorpusReader(path)
