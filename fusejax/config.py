@@ -133,7 +133,7 @@ class TrainConfig(_Config):
     """Training the target."""
 
     baseline: bool = Field(True, description="Also train on CLM alone, from the same start on the same tokens.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the corpus.")
+    epochs: int = Field(1, ge=1, description="Passes over the corpus.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
     batch_size: int = Field(128, ge=1, description="Rows per optimiser step.")
     seq_len: int = Field(2048, ge=2, description="Tokens per row.")

@@ -1,0 +1,115 @@
+"""`fusejax <command>`: parses, calls one stage, prints. No work is done here.
+
+Exit codes: 0 done; 2 bad configuration or input; 1 anything else. With `--json` the last line of standard
+output is one JSON object. Progress and messages go to standard error.
+"""
+
+__all__ = ["main"]
+
+import errno
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fusejax.errors import InputError, nearest
+
+
+class _Command(NamedTuple):
+    module: str  # holds `command(arguments: list[str]) -> result`
+    summary: str
+
+
+COMMANDS = {
+    "quickstart": _Command("quickstart", "The whole of FuseLLM on text that is already on this machine (CPU, no network)."),
+    "run": _Command("run", "All stages of a configuration, or those named by --stages."),
+    "prepare": _Command("run", "Read, cut, de-duplicate and split the text."),
+    "capture": _Command("run", "Run the sources over the text and store their top-k distributions."),
+    "align": _Command("align", "Carry distributions to the target's tokenizer; or compare two tokenizers."),
+    "fuse": _Command("run", "Choose or mix the sources' distributions per window of text."),
+    "train": _Command("run", "Train the target on clm_weight * CLM + fusion_weight * KL(fused || target)."),
+    "merge": _Command("merge", "Merge targets in parameter space."),
+    "export": _Command("convert", "Write a model as a Hugging Face directory."),
+    "import": _Command("convert", "Write a Hugging Face directory as a fusejax checkpoint."),
+    "evaluate": _Command("evaluate", "Bits per byte of a model on text, or of all models of a run."),
+    "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
+    "report": _Command("report", "Write report.html and plots of a finished run."),
+    "verify": _Command("verify", "Check every checksum under a directory."),
+    "env": _Command("env", "Versions, devices and memory, for a bug report."),
+    "schema": _Command("run", "Print the JSON schema of configurations, for editors."),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "usage: fusejax COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`fusejax COMMAND --help` lists options."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from fusejax import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)}\n\n{_usage()}", 2)
+    return _guarded(lambda: _run(name, rest))
+
+
+def _run(name: str, rest: list[str]) -> None:
+    as_json = "--json" in rest
+    rest = [word for word in rest if word != "--json"]
+    module = importlib.import_module(f"fusejax.stages.{COMMANDS[name].module}")
+    result = module.command(name, rest)
+    if as_json:
+        print(json.dumps(result.data, ensure_ascii=False, default=float))
+    elif result.text:
+        print(result.text)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
+
+
+def _guarded(call: Callable[[], Any]) -> int:
+    """Turns exceptions into messages and exit codes."""
+    from pydantic import ValidationError
+
+    try:
+        call()
+    except InputError as error:
+        return _fail(str(error), 2)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+        return _fail("not a valid configuration:\n  " + "\n  ".join(problems), 2)
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"the disk is full ({error.filename or error}); free space and run the command again", 1)
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(f"no permission: {error.filename or error}; choose another directory", 2)
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", 130)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    return 0
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"fusejax: error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

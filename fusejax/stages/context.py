@@ -1,0 +1,121 @@
+"""What the stages of one run share: where its artefacts lie, and models and tokenizers opened once.
+
+A stage asks `finished` whether its artefact stands with the same settings and parents; then it does nothing.
+An artefact made with other settings is replaced by its stage, and by nothing else.
+"""
+
+__all__ = ["Run", "finished"]
+
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fusejax.config import FusionConfig, ModelRef, RunConfig, save_config
+from fusejax.errors import InputError
+from fusejax.io.manifest import MANIFEST, SCHEMA_VERSION, Manifest, fingerprint_of, read_manifest
+from fusejax.io.models import LoadedModel, model_fingerprint, open_model, resolve_model
+from fusejax.io.progress import say
+from fusejax.io.tokenizers import Tokenizer, load_tokenizer
+
+
+def finished(
+    directory: Path, *, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]
+) -> Manifest | None:
+    """Returns the manifest of a finished artefact with these settings and parents, else None."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(directory)
+    identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents), "schema": SCHEMA_VERSION}
+    return manifest if manifest.fingerprint == fingerprint_of(identity) else None
+
+
+class Run:
+    """A configuration and the directories and models that belong to it."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.directory = Path(config.output)
+        self._models = lru_cache(maxsize=1)(self._open_model)
+        self._tokenizers = lru_cache(maxsize=None)(load_tokenizer)
+        self._resolved: dict[str, Path] = {}
+        self._fingerprints: dict[Path, str] = {}
+
+    def start(self) -> None:
+        """Makes the run's directory and writes the resolved configuration into it."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.directory / "config.yaml")
+        except PermissionError as error:
+            raise InputError(f"cannot write to {self.directory}: {error.strerror}; set `output` elsewhere") from error
+
+    @property
+    def corpus_dir(self) -> Path:
+        """Artefact A0."""
+        return self.directory / "corpus"
+
+    def captured_dir(self, name: str) -> Path:
+        """Artefact A1 of a source."""
+        return self.directory / "captured" / name
+
+    def aligned_dir(self, name: str) -> Path:
+        """Artefact A3 of a source."""
+        return self.directory / "aligned" / name
+
+    def fused_dir(self, name: str) -> Path:
+        """Artefact A4 of a fusion."""
+        return self.directory / "fused" / name
+
+    def train_dir(self, arm: str) -> Path:
+        """Checkpoints and metrics of one training."""
+        return self.directory / "train" / arm
+
+    def model_dir(self, arm: str) -> Path:
+        """The trained or merged model of an arm."""
+        return self.directory / "models" / arm
+
+    @property
+    def participants(self) -> dict[str, ModelRef]:
+        """The models to capture, by name: the sources, and `target` where a fusion includes it."""
+        found = {source.name: source for source in self.config.sources}
+        if any(fusion.include_target for fusion in self.config.fusions):
+            found["target"] = self.config.target
+        return found
+
+    def fusion_sources(self, fusion: FusionConfig) -> list[str]:
+        """Names of a fusion's sources in order; the target, where it takes part, first as in FuseLLM."""
+        names = list(fusion.sources) or [source.name for source in self.config.sources]
+        return (["target"] if fusion.include_target else []) + names
+
+    def model_path(self, ref: ModelRef) -> Path:
+        """The directory of a model, downloaded first where it is a hub name."""
+        key = f"{ref.model}@{ref.revision}"
+        if key not in self._resolved:
+            self._resolved[key] = resolve_model(ref.model, revision=ref.revision)
+        return self._resolved[key]
+
+    def fingerprint(self, ref: ModelRef) -> str:
+        """The fingerprint of a model's configuration and weights."""
+        path = self.model_path(ref)
+        if path not in self._fingerprints:
+            self._fingerprints[path] = model_fingerprint(path)
+        return self._fingerprints[path]
+
+    def model(self, ref: ModelRef, *, compute_dtype: str | None = None) -> LoadedModel:
+        """Opens a model; the last one is kept in memory."""
+        return self._models(self.model_path(ref), compute_dtype)
+
+    def tokenizer(self, ref: ModelRef) -> Tokenizer:
+        """Opens a model's tokenizer."""
+        return self._tokenizers(self.model_path(ref))
+
+    @staticmethod
+    def _open_model(path: Path, compute_dtype: str | None) -> LoadedModel:
+        return open_model(path, compute_dtype=compute_dtype)
+
+    def replace_stale(self, directory: Path) -> None:
+        """Removes an artefact that was made with other settings, saying so."""
+        if (directory / MANIFEST).is_file():
+            say(f"{directory}: settings or inputs have changed, making it again")
+            shutil.rmtree(directory)

@@ -1,0 +1,121 @@
+"""fuse: from the aligned distributions of several sources to one supervised target per position (artefact A4).
+
+MinCE keeps, in each window of text, the source with the lowest score; AvgCE keeps all with their weights, and
+the loss mixes their divergences (sources with different partitions have no common distribution to average).
+A position that the chosen source's tokenizer does not reach keeps no distribution: there the loss is CLM alone.
+"""
+
+__all__ = ["PARTITIONS", "fuse", "fuse_document"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.config import FusionConfig
+from fusejax.distributions.weighing import (
+    choose_min,
+    softmin_weights,
+    token_ce_scores,
+    window_bits_per_byte,
+    window_of_bytes,
+)
+from fusejax.errors import InputError
+from fusejax.io.manifest import Manifest
+from fusejax.io.progress import progress
+from fusejax.io.store import Record, RecordReader, RecordWriter
+from fusejax.stages.context import Run, finished
+
+PARTITIONS = "partitions.npz"
+_TARGET_FIELDS = ("ids", "logprobs", "residual_logprob")
+
+
+def fuse(run: Run) -> dict[str, Manifest]:
+    """Makes the fused targets of every fusion of the run; finished ones are skipped."""
+    return {fusion.name: _fuse_one(run, fusion) for fusion in run.config.fusions}
+
+
+def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
+    names = run.fusion_sources(fusion)
+    readers = [RecordReader(run.aligned_dir(name), kind="aligned") for name in names]
+    settings = fusion.model_dump(mode="json") | {"sources": names}
+    parents = {name: reader.manifest.fingerprint for name, reader in zip(names, readers, strict=True)}
+    directory = run.fused_dir(fusion.name)
+    shard_size = run.config.capture.shard_size
+    stored = settings | {"shard_size": shard_size}
+    if done := finished(directory, kind="fused", settings=stored, parents=parents):
+        return done
+    run.replace_stale(directory)
+    count = len(readers[0])
+    if any(len(reader) != count for reader in readers):
+        raise InputError(f"aligned sources hold {[len(r) for r in readers]} documents; run `fusejax align` again")
+    writer = RecordWriter(directory, kind="fused", settings=settings, parents=parents, shard_size=shard_size)
+    tables = [load_partition(run.aligned_dir(name)) for name in names]
+    np.savez(directory / PARTITIONS, symbol_of_target=np.stack(tables))
+    totals: dict[str, Any] = {"positions": 0, "supervised": 0, "wins": np.zeros(len(names), np.int64)}
+    with progress(f"fuse {fusion.name}", total=count, unit="documents") as bar:
+        # Counts are remade for resumed documents too; the writer skips what it already holds.
+        for index in range(count):
+            records = [reader[index] for reader in readers]
+            arrays = fuse_document(records, fusion)
+            totals["positions"] += len(arrays["tokens"])
+            totals["supervised"] += int((arrays["weights"].sum(axis=1) > 0).sum())
+            won = arrays["partition"][arrays["partition"] >= 0]
+            totals["wins"] += np.bincount(won, minlength=len(names))
+            if index >= writer.resume_at:
+                writer.write(Record(records[0].doc_id, {"n_bytes": records[0].header["n_bytes"]}, arrays))
+            bar.update(1)
+    facts = {
+        "documents": count,
+        "positions": totals["positions"],
+        "supervised": totals["supervised"],
+        "wins": dict(zip(names, map(int, totals["wins"]), strict=True)),
+    }
+    return writer.finish(facts=facts)
+
+
+def load_partition(directory: Path) -> np.ndarray:
+    """Reads symbol_of_target [V] of an aligned artefact."""
+    with np.load(directory / "vocabulary.npz", allow_pickle=False) as arrays:
+        return arrays["symbol_of_target"]
+
+
+def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, np.ndarray]:
+    """Returns the fused arrays of one document; see `docs/artefacts.md` (A4) for their shapes."""
+    first = records[0].arrays
+    for record in records[1:]:
+        if record.doc_id != records[0].doc_id or len(record.arrays["tokens"]) != len(first["tokens"]):
+            raise InputError(f"sources disagree on document {records[0].doc_id!r}; run `fusejax align` again")
+    n_bytes = int(records[0].header["n_bytes"])
+    scores = _scores(records, fusion, n_bytes)
+    window = window_of_bytes(first["byte_ends"], n_bytes, window_bytes=fusion.window_bytes)
+    window = np.minimum(window, scores.shape[1] - 1)
+    reached = np.stack([record.arrays["status"] > 0 for record in records])  # [S, N]
+    positions = np.arange(len(window))
+    stacked = {field: np.stack([record.arrays[field] for record in records]) for field in _TARGET_FIELDS}
+    if fusion.method == "min_ce":
+        choice = choose_min(scores)[window]  # [N]
+        fields = {field: array[choice, positions][:, None] for field, array in stacked.items()}
+        partition = np.where(reached[choice, positions], choice, -1)[:, None]
+        weights = (partition >= 0).astype(np.float32)
+    else:
+        fields = {field: np.moveaxis(array, 0, 1) for field, array in stacked.items()}
+        partition = np.where(reached, np.arange(len(records))[:, None], -1).T
+        weights = softmin_weights(scores, temperature=fusion.temperature)[:, window].T * (partition >= 0)
+        weights = (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).astype(np.float32)
+    kept = {name: first[name] for name in ("tokens", "labels", "byte_ends")}
+    mask = np.ones(len(window), np.int8)
+    return kept | fields | {"mask": mask, "partition": partition.astype(np.int32), "weights": weights}
+
+
+def _scores(records: Sequence[Record], fusion: FusionConfig, n_bytes: int) -> np.ndarray:
+    """[S, W] scores, lower is better; at least one window."""
+    rows = []
+    for record in records:
+        ends, realised = record.arrays["source_byte_ends"], record.arrays["source_realised"]
+        bits = window_bits_per_byte(ends, realised, n_bytes, window_bytes=fusion.window_bytes)
+        if fusion.score == "token_ce":
+            bits = token_ce_scores(realised, max(len(bits), 1))
+        rows.append(bits if len(bits) else np.zeros(1))
+    return np.stack(rows)

@@ -1,0 +1,117 @@
+"""prepare: read documents, cut long ones, drop duplicates, split, and keep them as artefact A0."""
+
+__all__ = ["corpus_from_documents", "prepare"]
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusejax.config import CorpusConfig, TextSource
+from fusejax.data.corpus import Document, cut_documents, dedupe, split_documents, write_corpus
+from fusejax.data.readers import read_documents
+from fusejax.errors import InputError
+from fusejax.io.manifest import Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
+from fusejax.io.progress import say
+from fusejax.stages.context import Run, finished
+
+
+def prepare(run: Run) -> Manifest:
+    """Makes the corpus of a run, or returns the manifest of the one that stands."""
+    corpus = run.config.corpus
+    settings = {"corpus": corpus.model_dump(mode="json"), "seed": run.config.seed, "inputs": _inputs(corpus)}
+    done = finished(run.corpus_dir, kind="corpus", settings=settings, parents={})
+    if done:
+        return done
+    run.replace_stale(run.corpus_dir)
+    read = {name: _read(getattr(corpus, name)) for name in ("train", "valid", "test")}
+    return corpus_from_documents(run.corpus_dir, read, corpus, seed=run.config.seed, settings=settings)
+
+
+def corpus_from_documents(
+    directory: Path,
+    documents: Mapping[str, Iterable[Document]],
+    corpus: CorpusConfig,
+    *,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> Manifest:
+    """Cuts, de-duplicates, splits and writes documents given per split; empty valid or test come from train."""
+    dropped = 0
+
+    def count(_: Document) -> None:
+        nonlocal dropped
+        dropped += 1
+
+    # Held-out documents go first, so that a duplicate in train is the one that is dropped.
+    given = [(name, d) for name in ("test", "valid", "train") for d in documents[name] if d.text]
+    owner = {id(d): name for name, d in given}
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
+    for document in dedupe([d for _, d in given], on_drop=count):
+        splits[owner[id(document)]].append(document)
+    missing_valid, missing_test = not splits["valid"], not splits["test"]
+    if missing_valid or missing_test:
+        drawn = split_documents(
+            splits["train"],
+            valid=corpus.valid_fraction if missing_valid else 0.0,
+            test=corpus.test_fraction if missing_test else 0.0,
+            seed=seed,
+        )
+        splits = {name: drawn[name] if drawn[name] else splits[name] for name in splits} | {"train": drawn["train"]}
+    caps = {"train": corpus.max_train_bytes, "valid": corpus.max_eval_bytes, "test": corpus.max_eval_bytes}
+    cut = {
+        name: _capped(list(cut_documents(found, max_bytes=corpus.max_document_bytes)), caps[name])
+        for name, found in splits.items()
+    }
+    for name in ("train", "test"):
+        if not cut[name]:
+            raise InputError(f"the {name} split is empty: give `corpus.{name}` or more documents in `corpus.train`")
+    with atomic_directory(directory) as temporary:
+        facts = write_corpus(temporary, cut)
+        manifest = write_manifest(
+            temporary, kind="corpus", settings=settings, facts={"splits": facts, "duplicates": dropped}
+        )
+    sizes = ", ".join(f"{name} {f['documents']} documents {f['bytes'] / 1e6:.2f} MB" for name, f in facts.items())
+    say(f"corpus: {sizes}; {dropped} duplicates dropped")
+    return manifest
+
+
+def _read(sources: Iterable[TextSource]) -> list[Document]:
+    found = []
+    for source in sources:
+        documents = read_documents(
+            source.path,
+            format=source.format,
+            text_field=source.text_field,
+            split=source.split,
+            limit=source.limit,
+            domain=source.domain,
+        )
+        found += list(documents)
+    return found
+
+
+def _inputs(corpus: CorpusConfig) -> dict[str, str]:
+    """Checksums of the files that are read, so that an edited file makes a new corpus."""
+    found = {}
+    for source in (*corpus.train, *corpus.valid, *corpus.test):
+        path = Path(source.path)
+        if path.is_file():
+            found[source.path] = file_checksum(path)
+        elif path.is_dir():
+            listing = [(str(p.relative_to(path)), file_checksum(p)) for p in sorted(path.rglob("*")) if p.is_file()]
+            found[source.path] = fingerprint_of(listing)
+    return found
+
+
+def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
+    """Keeps the first documents of each domain up to `max_bytes` of text."""
+    if max_bytes is None:
+        return documents
+    used: dict[str, int] = {}
+    kept = []
+    for document in documents:
+        size = used.get(document.domain, 0) + document.n_bytes
+        if size <= max_bytes:
+            used[document.domain] = size
+            kept.append(document)
+    return kept
