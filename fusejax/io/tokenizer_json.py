@@ -1,0 +1,127 @@
+"""What a `tokenizer.json` says about itself: how pieces spell bytes, and how to encode a continuation.
+
+Everything is decided from the components (normalizer, pre_tokenizer, decoder, model), so any fast tokenizer of
+Hugging Face works without a table of tokenizer classes. Pure functions on the parsed JSON; no tokenizer object.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import xxhash
+
+from fusejax.alignment.surface import byte_level_bytes, sentencepiece_bytes, wordpiece_bytes
+
+__all__ = ["Spelling", "continuation_json", "encoder_json", "fingerprint", "piece_bytes", "pieces", "spelling"]
+
+Json = dict[str, Any]
+LISTS = ("normalizers", "pretokenizers", "decoders", "processors")
+
+
+class Spelling(NamedTuple):
+    """How the pieces of one vocabulary spell bytes."""
+
+    kind: str  # "byte_level", "sentencepiece", "wordpiece" or "plain"
+    space: str | None  # the character that stands for a blank
+    byte_fallback: bool  # whether <0xNN> pieces are bytes
+    prefix: str  # WordPiece's mark of a piece inside a word
+    suffix: str  # BPE's mark of a word's last piece
+
+
+def spelling(spec: Json) -> Spelling:
+    """Decides from the components how pieces spell bytes."""
+    stages = [part for key in ("normalizer", "pre_tokenizer", "decoder") for part in _components(spec.get(key))]
+    model = spec["model"]
+    types = {part["type"] for part in stages}
+    space = next((found for found in map(_space, stages) if found), None)
+    fallback = bool(model.get("byte_fallback")) or "ByteFallback" in types
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    kind = "sentencepiece" if space or fallback else "plain"
+    if model.get("type") == "WordPiece":
+        kind = "wordpiece"
+    elif "ByteLevel" in types:
+        kind = "byte_level"
+    return Spelling(kind, space, fallback, prefix, suffix)
+
+
+def pieces(spec: Json) -> dict[str, int]:
+    """Returns the model's pieces and their ids, added tokens not included."""
+    vocab = spec["model"]["vocab"]
+    return vocab if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+
+
+def piece_bytes(piece: str, style: Spelling) -> bytes:
+    """Returns the bytes that one piece of the model's vocabulary stands for."""
+    if style.kind == "byte_level":
+        return byte_level_bytes(piece)
+    if style.kind == "wordpiece":
+        return wordpiece_bytes(piece, prefix=style.prefix)
+    surface = sentencepiece_bytes(piece, space=style.space, byte_fallback=style.byte_fallback)
+    return surface.removesuffix(style.suffix.encode()) if style.suffix else surface
+
+
+def encoder_json(spec: Json) -> Json:
+    """Returns the same tokenizer without what would disturb byte ends: template, truncation, padding, dropout.
+
+    The post-processor adds special tokens and trims offsets; both are ours to do. A Unigram model finds its
+    control pieces (`</s>`) in plain text, so there they lose their spelling.
+    """
+    spec = {**spec, "post_processor": None, "truncation": None, "padding": None, "model": dict(spec["model"])}
+    if spec["model"].get("dropout"):
+        spec["model"]["dropout"] = None
+    if spec["model"].get("type") == "Unigram":
+        specials = {token["content"] for token in spec.get("added_tokens", []) if token.get("special")}
+        vocab = spec["model"]["vocab"]
+        spec["model"]["vocab"] = [
+            [f"\U0010fffe{index}\U0010fffe", score] if piece in specials else [piece, score]
+            for index, (piece, score) in enumerate(vocab)
+        ]
+        spec["added_tokens"] = [token for token in spec.get("added_tokens", []) if not token.get("special")]
+    return spec
+
+
+def continuation_json(spec: Json) -> Json:
+    """Returns the tokenizer that encodes bytes as they stand: no dummy space and no rewriting of the text."""
+    spec = {**encoder_json(spec)}
+    kept = [part for part in _components(spec.get("normalizer")) if _space(part) or part["type"] == "ByteLevel"]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    spec["pre_tokenizer"] = copy.deepcopy(spec.get("pre_tokenizer"))
+    for part in _components(spec["pre_tokenizer"]):
+        if part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+            part.pop("add_prefix_space", None)
+        elif part["type"] == "ByteLevel":
+            part["add_prefix_space"] = False
+    return spec
+
+
+def fingerprint(spec: Json) -> str:
+    """Returns a 128-bit hash of the canonical content, the same for any order of keys or white space."""
+    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))
+
+
+def _components(node: Mapping[str, Any] | None) -> Iterator[Any]:
+    """The leaves of a component, sequences unfolded."""
+    if not node:
+        return
+    nested = next((node[key] for key in LISTS if key in node), None)
+    if nested is None:
+        yield node
+    else:
+        for part in nested:
+            yield from _components(part)
+
+
+def _space(part: Json) -> str | None:
+    """The character that this component writes for a blank."""
+    if part["type"] == "Metaspace":
+        return part.get("replacement") or "▁"
+    if part["type"] == "Replace" and isinstance(part.get("pattern"), dict):
+        pattern, content = part["pattern"].get("String"), part.get("content")
+        if pattern == " " and content and len(content) == 1 and content != " ":
+            return content
+        if content == " " and pattern == "▁":
+            return pattern
+    return None
