@@ -1,0 +1,168 @@
+"""The figures of a report, as PNG files drawn by matplotlib's Agg: no display, no browser, no global state.
+
+Every axis says its unit, every bar its value. Series that a run did not record are left out, an empty figure
+is not written. Colours follow the role of a model, not its rank, so that two reports can be compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fusejax.report.metrics import Series, smooth
+from fusejax.report.tables import BitsPerByte, layout
+
+__all__ = ["plot_bits_per_byte", "plot_shares", "plot_training"]
+
+ROLES = {
+    "target": "#9aa5b1",
+    "clm": "#2f6fb5",
+    "fused": "#d9662b",
+    "merged": "#3a8f5f",
+    "ensemble": "#7d5ba6",
+}
+SOURCES = ("#b8a04a", "#5aa7a7", "#b5658b", "#7a7f45", "#6b7fb8", "#a06b4a")
+INK, FAINT = "#22303c", "#d5dbe1"
+
+# Series of metrics.jsonl -> the title of its panel.
+PANELS = {
+    "loss": "Loss (nats per token)",
+    "clm_nats": "Causal LM loss (nats per token)",
+    "fusion_nats": "Fusion loss (nats per supervised token)",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "tokens_per_second": "Throughput (tokens per second)",
+}
+
+
+def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
+    """Draws the training curves of several arms over the optimiser step, one panel per quantity.
+
+    Args:
+        arms: name of the training run -> its series, from `read_metrics`.
+        path: PNG file to write.
+
+    Returns:
+        `path`, or None where no arm recorded any of the known quantities.
+    """
+    panels = [name for name in PANELS if any(name in series for series in arms.values())]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    figure, axes = _grid(len(panels), columns=columns, width=4.2, height=3.0)
+    for name, ax in zip(panels, axes, strict=True):
+        for number, (arm, series) in enumerate(arms.items()):
+            if name not in series:
+                continue
+            steps, values = series[name]
+            colour = colour_of(arm, number)
+            ax.plot(steps, values, color=colour, alpha=0.25 if len(values) > 20 else 1, linewidth=1)
+            if len(values) > 20:
+                ax.plot(steps, smooth(values), color=colour, linewidth=1.8)
+            ax.plot([], [], color=colour, linewidth=1.8, label=arm)
+        ax.set_title(PANELS[name], fontsize=10, color=INK, loc="left")
+        ax.set_xlabel("optimiser step", fontsize=9)
+        ax.grid(color=FAINT, linewidth=0.6)
+    axes[0].legend(fontsize=9, frameon=False)
+    return _save(figure, path)
+
+
+def plot_bits_per_byte(results: BitsPerByte, path: Path) -> Path | None:
+    """Draws bits per byte of every model, one panel of bars per domain, on one scale from zero.
+
+    Args:
+        results: model -> domain -> bits per byte.
+        path: PNG file to write.
+
+    Returns:
+        `path`, or None without results.
+    """
+    columns, rows = layout(results)
+    if not columns:
+        return None
+    width = min(3, len(columns))
+    figure, axes = _grid(len(columns), columns=width, width=4.2, height=0.9 + 0.3 * len(rows))
+    largest = max((results[model].get(c, 0.0) for model, _ in rows for c in columns), default=1.0)
+    for index, (column, ax) in enumerate(zip(columns, axes, strict=True)):
+        values = [results[model].get(column) for model, _ in rows]
+        _bars(ax, [model for model, _ in rows], values, texts=[cells[index][0] for _, cells in rows])
+        ax.set_xlim(0, largest * 1.18)
+        ax.set_title(column, fontsize=10, color=INK, loc="left")
+        ax.set_xlabel("bits per byte", fontsize=9)
+        if index % width:
+            ax.set_yticklabels([])
+    return _save(figure, path)
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> Path | None:
+    """Draws parts of a whole as stacked bars: what became of positions, which source won.
+
+    Args:
+        shares: bar -> part -> count or share; each bar is scaled to 100 %. Bars that sum to zero are left out.
+        path: PNG file to write.
+        title: what the parts are parts of.
+
+    Returns:
+        `path`, or None where there is nothing to draw.
+    """
+    shares = {bar: parts for bar, parts in shares.items() if sum(parts.values()) > 0}
+    if not shares:
+        return None
+    parts = list(dict.fromkeys(part for row in shares.values() for part in row))
+    figure, (ax,) = _grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
+    left = [0.0] * len(shares)
+    for number, part in enumerate(parts):
+        share = [100 * row.get(part, 0.0) / sum(row.values()) for row in shares.values()]
+        ax.barh(list(shares), share, left=left, height=0.66, color=SOURCES[number % len(SOURCES)], label=part)
+        for y, (start, length) in enumerate(zip(left, share, strict=True)):
+            if length >= 4:  # a narrower piece has no room for its number
+                ax.text(start + length / 2, y, f"{length:.1f}", ha="center", va="center", fontsize=9, color="white")
+        left = [start + length for start, length in zip(left, share, strict=True)]
+    ax.invert_yaxis()
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("per cent", fontsize=9)
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
+    ax.legend(
+        fontsize=9,
+        frameon=False,
+        ncols=min(6, len(parts)),
+        loc="upper left",
+        bbox_to_anchor=(0, -0.42 / len(shares) - 0.12),
+    )
+    return _save(figure, path)
+
+
+def colour_of(name: str, number: int) -> str:
+    """Returns the colour of a model: by role where it has one, else by its number among the sources."""
+    return ROLES.get(name, SOURCES[number % len(SOURCES)])
+
+
+def _bars(ax: Axes, names: Sequence[str], values: Sequence[float | None], *, texts: Sequence[str]) -> None:
+    colours = [colour_of(name, number) for number, name in enumerate(names)]
+    lengths = [value or 0.0 for value in values]
+    ax.barh(range(len(names)), lengths, color=colours, height=0.66)
+    for y, (length, text) in enumerate(zip(lengths, texts, strict=True)):
+        ax.text(length, y, f" {text}", va="center", fontsize=8, color=INK)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
+    ax.invert_yaxis()
+
+
+def _grid(count: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = []
+    for index in range(count):
+        ax = figure.add_subplot(rows, columns, index + 1)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(FAINT)
+        ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
+        axes.append(ax)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
+    return path
