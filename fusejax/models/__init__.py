@@ -1,1 +1,31 @@
-""""""
+"""Llama and Mistral decoders: configs, the parameter table, the forward pass and scoring."""
+
+from fusejax.models.config import ModelConfig, model_config_from_hf, model_config_to_hf
+from fusejax.models.llama import head_kernel, hidden_states, logits
+from fusejax.models.params import (
+    ParamSpec,
+    abstract_params,
+    check_params,
+    count_params,
+    decay_mask,
+    init_params,
+    param_table,
+)
+from fusejax.models.rope import RopeConfig
+
+__all__ = [
+    "ModelConfig",
+    "ParamSpec",
+    "RopeConfig",
+    "abstract_params",
+    "check_params",
+    "count_params",
+    "decay_mask",
+    "head_kernel",
+    "hidden_states",
+    "init_params",
+    "logits",
+    "model_config_from_hf",
+    "model_config_to_hf",
+    "param_table",
+]
