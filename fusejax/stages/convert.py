@@ -1,0 +1,114 @@
+"""export and import: between fusejax checkpoints and Hugging Face directories, bit for bit."""
+
+__all__ = ["command", "export_model", "export_run"]
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.errors import InputError
+from fusejax.io.hf import load_hf_model, save_hf_model
+from fusejax.io.manifest import fingerprint_of
+from fusejax.io.models import open_model, resolve_model
+from fusejax.io.progress import say
+from fusejax.io.tokenizers import check_vocabulary, load_tokenizer
+from fusejax.stages.command import Result, parser
+from fusejax.stages.context import Run
+from fusejax.stages.keep import keep_model
+
+
+def command(name: str, words: list[str]) -> Result:
+    """`fusejax export --model DIR --out DIR` and `fusejax import --model DIR --out DIR`."""
+    kinds = {
+        "export": "Write a fusejax checkpoint (or any model directory) as a Hugging Face directory and read it back.",
+        "import": "Write a Hugging Face Llama or Mistral as a fusejax checkpoint (Orbax, checksums per leaf).",
+    }
+    if name == "export" and words and not words[0].startswith("-"):
+        from fusejax.stages.run import command as run_command
+
+        return run_command(name, words)
+    arguments = parser(name, kinds[name])
+    arguments.add_argument("--model", required=True, help="model directory or hub name (org/name)")
+    arguments.add_argument("--out", type=Path, required=True, help="new directory")
+    given = arguments.parse_args(words)
+    source = resolve_model(given.model)
+    _refuse_existing(given.out)
+    facts = export_model(source, given.out) if name == "export" else _import(source, given.out)
+    return Result(facts, f"{name}ed {source} to {given.out}: {facts['parameters']:,} parameters")
+
+
+def export_run(run: Run) -> dict[str, Any]:
+    """Exports the run's last model (merged, else the first fusion's) to `<output>/export`."""
+    out = run.directory / "export"
+    arm = "merged" if run.config.merge else run.config.fusions[0].name
+    source = run.model_dir(arm)
+    if not source.is_dir():
+        raise InputError(f"{source} does not exist: train (and merge) before export")
+    mark = run.directory / "export.fingerprint"
+    fingerprint = open_fingerprint(source)
+    if out.is_dir() and mark.is_file() and mark.read_text() == fingerprint:
+        return {"export": str(out)}
+    if out.exists():
+        import shutil
+
+        shutil.rmtree(out)
+    facts = export_model(source, out, card=_card(run, arm))
+    mark.write_text(fingerprint)
+    say(f"export: {arm} -> {out}")
+    return facts
+
+
+def open_fingerprint(directory: Path) -> str:
+    """The fingerprint of a model directory."""
+    from fusejax.io.models import model_fingerprint
+
+    return model_fingerprint(directory)
+
+
+def export_model(source: Path, out: Path, *, card: str | None = None) -> dict[str, Any]:
+    """Writes a Hugging Face directory and compares every tensor with what is read back.
+
+    Raises:
+      RuntimeError: the directory that was written does not hold the same bits.
+    """
+    import jax
+
+    model = open_model(source)
+    check_vocabulary(load_tokenizer(source), model.config.vocab_size, str(source))
+    save_hf_model(out, model.config, model.params, tokenizer_dir=source, card=card)
+    _, again = load_hf_model(out)
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), model.params, again)
+    if not all(jax.tree.leaves(same)):
+        raise RuntimeError(f"{out} does not hold the weights of {source}; the disk may be failing")
+    return {"export": str(out), "parameters": _count(model.params)}
+
+
+def _import(source: Path, out: Path) -> dict[str, Any]:
+    model = open_model(source)
+    check_vocabulary(load_tokenizer(source), model.config.vocab_size, str(source))
+    settings = {"imported": model.fingerprint}
+    keep_model(out, model.config, model.params, tokenizer_dir=source, settings=settings)
+    return {"checkpoint": str(out), "parameters": _count(model.params), "fingerprint": fingerprint_of(settings)}
+
+
+def _count(params: Any) -> int:
+    import jax
+
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty directory; choose another --out or remove it")
+
+
+def _card(run: Run, arm: str) -> str:
+    config = run.config
+    sources = "\n".join(f"- {source.name}: `{source.model}`" for source in config.sources)
+    return (
+        f"# {arm}\n\nMade by fusejax by knowledge fusion (FuseLLM).\n\n"
+        f"- target before training: `{config.target.model}`\n{sources}\n\n"
+        f"Loss: {config.loss.clm_weight} x CLM + {config.loss.fusion_weight} x {config.loss.divergence}, "
+        f"alignment `{config.align.vocabulary}`, {config.capture.top_k} entries per position.\n"
+    )

@@ -1,0 +1,52 @@
+"""inspect: what an artefact or a model directory holds, without loading weights."""
+
+__all__ = ["command"]
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.errors import InputError
+from fusejax.io.manifest import MANIFEST, read_manifest
+from fusejax.io.models import open_config
+from fusejax.io.store import RecordReader
+from fusejax.stages.command import Result, parser
+
+_STORED = ("captured", "aligned", "fused")
+
+
+def command(name: str, words: list[str]) -> Result:
+    """`fusejax inspect DIR [--record N]`."""
+    arguments = parser(name, "Show the manifest of an artefact, one of its records, or a model's configuration.")
+    arguments.add_argument("directory", type=Path, help="artefact or model directory")
+    arguments.add_argument("--record", type=int, help="also show this record of a distribution store, from 0")
+    given = arguments.parse_args(words)
+    if not given.directory.is_dir():
+        raise InputError(f"no directory at {given.directory}")
+    if not (given.directory / MANIFEST).is_file():
+        config = open_config(given.directory)
+        from dataclasses import asdict
+
+        data: dict[str, Any] = {"kind": "model", "config": asdict(config)}
+    else:
+        data = read_manifest(given.directory)._asdict()
+        data["total_bytes"] = sum(entry["bytes"] for entry in data["files"].values())
+    if given.record is not None:
+        if data["kind"] not in _STORED:
+            raise InputError(f"{given.directory} is a {data['kind']!r} artefact; records are in {', '.join(_STORED)}")
+        reader = RecordReader(given.directory)
+        if not 0 <= given.record < len(reader):
+            raise InputError(f"record {given.record} of {len(reader)} in {given.directory}")
+        data["record"] = _describe(reader[given.record])
+    return Result(data, json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def _describe(record: Any) -> dict[str, Any]:
+    """Ids, header, and dtype, shape and first values of each array."""
+    arrays = {
+        name: {"dtype": str(array.dtype), "shape": list(array.shape), "first": np.ravel(array)[:8].tolist()}
+        for name, array in record.arrays.items()
+    }
+    return {"doc_id": record.doc_id, "header": record.header, "arrays": arrays}

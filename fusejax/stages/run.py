@@ -1,0 +1,125 @@
+"""run: the stages of a configuration in order; also the commands that run one of them."""
+
+__all__ = ["STAGES", "command", "run_stages"]
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fusejax.config import RunConfig
+from fusejax.errors import InputError, nearest
+from fusejax.io.progress import say
+from fusejax.stages.align import align
+from fusejax.stages.capture import capture
+from fusejax.stages.command import Result, parse_config
+from fusejax.stages.context import Run
+from fusejax.stages.convert import export_run
+from fusejax.stages.evaluate import evaluate_run
+from fusejax.stages.fuse import fuse
+from fusejax.stages.merge import merge_run
+from fusejax.stages.prepare import prepare
+from fusejax.stages.report import report_run
+from fusejax.stages.train import train
+
+STAGES: dict[str, Callable[[Run], Any]] = {
+    "prepare": prepare,
+    "capture": capture,
+    "align": align,
+    "fuse": fuse,
+    "train": train,
+    "merge": merge_run,
+    "evaluate": evaluate_run,
+    "export": export_run,
+    "report": report_run,
+}
+
+
+def run_stages(config: RunConfig, names: tuple[str, ...] = tuple(STAGES)) -> dict[str, Any]:
+    """Runs stages in their order and returns {stage: seconds}."""
+    run = Run(config)
+    run.start()
+    seconds = {}
+    for name, stage in STAGES.items():
+        if name not in names:
+            continue
+        start = time.monotonic()
+        stage(run)
+        seconds[name] = round(time.monotonic() - start, 2)
+        say(f"{name}: done in {seconds[name]:.1f} s")
+    return seconds
+
+
+def command(name: str, words: list[str]) -> Result:
+    """`fusejax run CONFIG [--stages a,b] [--dry-run]`, `fusejax <stage> CONFIG`, `fusejax schema`."""
+    if name == "schema":
+        return Result(RunConfig.model_json_schema(), json.dumps(RunConfig.model_json_schema(), indent=2))
+    words, stages = _take(words, "--stages")
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    description = STAGES[name].__doc__ if name in STAGES else (
+        "All stages: " + " ".join(STAGES) + ". --stages a,b runs some of them; --dry-run prints what would be done."
+    )
+    config = parse_config(name, words, description or "")
+    names = (name,) if name in STAGES else _stage_names(stages)
+    if dry_run:
+        return _dry_run(config, names)
+    seconds = run_stages(config, names)
+    result_file = Run(config).directory / "result.json"
+    found = json.loads(result_file.read_text()) if result_file.is_file() and "evaluate" in names else {}
+    table = found.pop("table", "")
+    return Result(found | {"stage_seconds": seconds, "output": config.output}, table)
+
+
+def _take(words: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Removes `flag value` or `flag=value` from the words."""
+    for index, word in enumerate(words):
+        if word == flag:
+            if index + 1 == len(words):
+                raise InputError(f"{flag} needs a value")
+            return words[:index] + words[index + 2 :], words[index + 1]
+        if word.startswith(flag + "="):
+            return words[:index] + words[index + 1 :], word[len(flag) + 1 :]
+    return words, None
+
+
+def _stage_names(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return tuple(STAGES)
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in STAGES:
+            raise InputError(f"--stages names {name!r}.{nearest(name, STAGES)} Stages: {', '.join(STAGES)}")
+    return names
+
+
+def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
+    """Checks what can be checked without weights and says what would be done."""
+    run = Run(config)
+    steps: list[tuple[str, str]] = []
+    for name, ref in run.participants.items():
+        found = run.model_path(ref)
+        tokenizer = run.tokenizer(ref)
+        steps.append(("capture", f"{name}: {found}, {tokenizer.vocab_size} tokens -> {run.captured_dir(name)}"))
+        steps.append(("align", f"{name}: {config.align.vocabulary} symbols -> {run.aligned_dir(name)}"))
+    target = run.model_path(config.target)
+    for fusion in config.fusions:
+        names_of = ", ".join(run.fusion_sources(fusion))
+        steps.append(("fuse", f"{fusion.name}: {fusion.method} over {names_of} -> {run.fused_dir(fusion.name)}"))
+        steps.append(("train", f"{fusion.name}: from {target} -> {run.model_dir(fusion.name)}"))
+    if config.train.baseline:
+        steps.append(("train", f"clm: from {target} -> {run.model_dir('clm')}"))
+    if config.merge:
+        steps.append(("merge", f"{config.merge.method} -> {run.model_dir('merged')}"))
+    steps.insert(0, ("prepare", f"{', '.join(s.path for s in config.corpus.train)} -> {run.corpus_dir}"))
+    steps.append(("evaluate", f"bits per byte of every model -> {run.directory / 'result.json'}"))
+    steps.append(("export", f"Hugging Face directory -> {run.directory / 'export'}"))
+    steps.append(("report", f"-> {run.directory / 'report.html'}"))
+    order = list(STAGES)
+    wanted = sorted((step for step in steps if step[0] in names), key=lambda step: order.index(step[0]))
+    parent = run.directory if run.directory.exists() else run.directory.parent
+    free = shutil.disk_usage(parent if parent.exists() else ".").free
+    lines = [f"{stage:<9} {what}" for stage, what in wanted]
+    lines.append(f"disk free at {parent}: {free / 1e9:.1f} GB")
+    return Result({"dry_run": [{"stage": s, "what": w} for s, w in wanted], "disk_free_bytes": free}, "\n".join(lines))
