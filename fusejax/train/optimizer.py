@@ -1,0 +1,121 @@
+"""AdamW with clipping and a schedule with warm-up: the recipe of both papers, nothing else.
+
+Schedules are one formula, `peak * min(warm-up, decay)`, written here rather than joined from optax pieces because
+its edges matter: update n (from 0) takes `peak * (n + 1) / (warmup + 1)` during the warm-up, so that no update is
+wasted on a rate of zero, and the decay reaches `final_ratio * peak` at update `total_steps`. (The papers' trainer
+takes n / warmup, whose first update does nothing.)
+
+Moments, clipping and the update itself are computed in float32 whatever the parameters' dtype: second moments in
+bfloat16 stop moving once a gradient is 2^-8 of them. What is decayed is decided by the caller's mask (logical
+axes), never by the rank: stacked norms have two axes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fusejax.errors import InputError, nearest
+
+__all__ = ["SCHEDULES", "Schedule", "make_optimizer", "make_schedule", "warmup_steps_from_ratio"]
+
+Schedule = Callable[[Any], jax.Array]
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def warmup_steps_from_ratio(ratio: float, total_steps: int) -> int:
+    """Returns ceil(ratio * total_steps), the papers' warm-up (0.008 for FuseLLM, 0.03 for FuseChat)."""
+    if not 0.0 <= ratio <= 1.0:
+        raise InputError(f"warmup ratio must be in [0, 1], got {ratio}.")
+    return int(-(-ratio * total_steps // 1))
+
+
+def make_schedule(
+    kind: Literal["cosine", "linear", "constant"],
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    final_ratio: float = 0.0,
+) -> Schedule:
+    """Returns the learning rate as a function of the number of updates done, traceable.
+
+    Args:
+        kind: how the rate falls from `peak` to `final_ratio * peak` between the warm-up and `total_steps`.
+        peak: highest learning rate.
+        total_steps, warmup_steps: in updates.
+        final_ratio: rate at `total_steps` and after, as a share of `peak`.
+
+    Raises:
+        InputError: an unknown kind or a number out of range.
+    """
+    if kind not in SCHEDULES:
+        raise InputError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}.{nearest(kind, SCHEDULES)}")
+    if not peak >= 0 or total_steps < 1 or not 0 <= warmup_steps <= total_steps or not 0 <= final_ratio <= 1:
+        raise InputError(
+            f"a schedule needs peak >= 0, 0 <= warmup_steps <= total_steps, total_steps >= 1 and final_ratio in "
+            f"[0, 1]; got peak {peak}, warmup_steps {warmup_steps}, total_steps {total_steps}, final {final_ratio}."
+        )
+
+    def schedule(count: Any) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        warm = (count + 1) / (warmup_steps + 1)
+        done = jnp.clip((count - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+        share = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)), "linear": 1 - done, "constant": jnp.ones_like(done)}
+        decay = share[kind] if kind == "constant" else final_ratio + (1 - final_ratio) * share[kind]
+        return peak * jnp.minimum(warm, decay)
+
+    return schedule
+
+
+def make_optimizer(
+    schedule: Schedule | float,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip_norm: float | None = 1.0,
+    decay_mask: Any | None = None,
+) -> optax.GradientTransformation:
+    """Returns AdamW (decoupled decay, scaled by the rate) behind clipping by the global norm, all in float32.
+
+    Args:
+        schedule: learning rate of update n, or a number.
+        b1, b2, eps, weight_decay: as in AdamW; the papers take (0.9, 0.95, decay 0.1) for FuseLLM and
+            (0.9, 0.999, decay 0) for FuseChat.
+        clip_norm: largest global gradient norm, None to leave gradients alone.
+        decay_mask: tree of bools like the params, True where decayed; required where `weight_decay` is not 0.
+
+    Raises:
+        InputError: a decay without a mask, or a number out of range.
+    """
+    if weight_decay and decay_mask is None:
+        raise InputError("weight_decay needs a decay_mask (fusejax.models.decay_mask): norms must not be decayed.")
+    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0 and weight_decay >= 0):
+        raise InputError(f"AdamW with b1 {b1}, b2 {b2}, eps {eps}, weight_decay {weight_decay} is out of range.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise InputError(f"clip_norm must be positive or None, got {clip_norm}.")
+    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return _in_float32(optax.chain(*parts))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on float32 copies; float32 trees pass through unchanged."""
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Any:
+        return inner.init(widen(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(widen(updates), state, None if params is None else widen(params))
+
+    return optax.GradientTransformation(init, update)
