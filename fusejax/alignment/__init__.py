@@ -1,1 +1,21 @@
-""""""
+"""Alignment: distributions from one tokenizer's tokens and positions to another's, by bytes."""
+
+from fusejax.alignment.document import AlignedDocument, align_document
+from fusejax.alignment.positions import align_positions
+from fusejax.alignment.report import DocumentReport, report_document, summary
+from fusejax.alignment.transport import transport
+from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_groups, exact_map
+
+__all__ = [
+    "AlignedDocument",
+    "ByteVocabulary",
+    "DocumentReport",
+    "align_document",
+    "align_positions",
+    "coarse_map",
+    "event_groups",
+    "exact_map",
+    "report_document",
+    "summary",
+    "transport",
+]

@@ -316,7 +316,8 @@ def _build(spec: Mapping[str, Any], directory: Path) -> tokenizers.Tokenizer:
         built = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
         raise InputError(
-            f"{directory / 'tokenizer.json'} is not a tokenizer that tokenizers {tokenizers.__version__} reads: {error}."
+            f"{directory / 'tokenizer.json'} is not a tokenizer that `tokenizers` {tokenizers.__version__} reads: "
+            f"{error}. Fetch the file again, or upgrade `tokenizers`."
         ) from error
     built.encode_special_tokens = True
     return built
@@ -332,8 +333,9 @@ def _roles(spec: Mapping[str, Any], config: Mapping[str, Any], ids: Mapping[str,
             if isinstance(content, str) and content in ids:
                 roles.setdefault(role, ids[content])
     added = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token.get("special")}
-    if "eos" not in roles:
-        roles.update({"eos": added[name] for name in reversed(EOS_NAMES) if name in added})
+    ending = next((added[name] for name in EOS_NAMES if name in added), None)
+    if ending is not None:
+        roles.setdefault("eos", ending)
     model = spec["model"]
     if "unk" not in roles:
         unknown = model["unk_id"] if model.get("unk_id") is not None else ids.get(model.get("unk_token") or "")

@@ -1,0 +1,125 @@
+"""One document through the alignment: captured source arrays in, aligned record arrays out.
+
+This joins positions, vocabulary map and transport in the form in which artefacts are stored: A1 (`tokens`,
+`labels`, `byte_ends`, `topk_ids`, `topk_logprobs`, `residual_logprob`, `realised_logprob`) becomes A3 (the
+target's `tokens`, `labels`, `byte_ends`, then `ids`, `logprobs`, `residual_logprob`, `status`, and the source's
+`source_byte_ends`, `source_realised`, which weigh sources by bits per byte later).
+
+A position is `ALIGNED` when a source position ends at its byte and some of its mass has a symbol; every other
+position is `DROPPED`: empty, trained by plain CLM. Conditioning on part of a source token is not done here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fusejax.alignment.positions import align_positions
+from fusejax.alignment.report import ALIGNED, DROPPED, DocumentReport, report_document
+from fusejax.alignment.transport import transport
+from fusejax.errors import InputError
+from fusejax.types import Array, TopK, VocabMap
+
+__all__ = ["AlignedDocument", "Encoding", "align_document"]
+
+
+class Encoding(Protocol):
+    """A document as the target's tokenizer encodes it (`fusejax.io.tokenizers.EncodedDocument` is one)."""
+
+    @property
+    def tokens(self) -> Array: ...
+
+    @property
+    def labels(self) -> Array: ...
+
+    @property
+    def byte_ends(self) -> Array: ...
+
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class AlignedDocument(NamedTuple):
+    """An aligned record (artefact A3) and what happened on the way."""
+
+    header: dict[str, Any]  # n_bytes, source_nll_nats, aligned, dropped
+    arrays: dict[str, Array]
+    report: DocumentReport
+
+
+def align_document(
+    source: Mapping[str, Array],
+    target: Encoding,
+    vocab_map: VocabMap,
+    *,
+    n_bytes: int | None = None,
+    max_entries: int | None = None,
+    dtype: str = "float32",
+    exact: bool = True,
+    doc_id: str = "",
+) -> AlignedDocument:
+    """Carries one captured document to the target's positions and symbols.
+
+    Args:
+      source: arrays of the captured record (A1), N_s positions, K entries.
+      target: the same document encoded by the target's tokenizer, N positions.
+      vocab_map: symbols of both vocabularies.
+      n_bytes: the captured document's length, checked against the target's; None: not checked.
+      max_entries: entries kept per position; None: K.
+      dtype: of the stored log-probabilities.
+      exact: whether both encodings' byte ends are exact, for the report.
+      doc_id: for messages and the report.
+
+    Returns:
+      The aligned record and its report.
+
+    Raises:
+      InputError: the two sides are not the same document.
+    """
+    if n_bytes is not None and n_bytes != target.n_bytes:
+        raise InputError(
+            f"document {doc_id!r}: captured with {n_bytes} bytes, but the text has {target.n_bytes}; "
+            "the corpus has changed since the capture, so capture it again."
+        )
+    index = align_positions(source["byte_ends"], target.byte_ends)
+    stored = TopK(source["topk_ids"], source["topk_logprobs"], source["residual_logprob"])
+    moved = transport(stored, index, vocab_map, max_entries=max_entries)
+    status = np.where((moved.ids >= 0).any(axis=1), ALIGNED, DROPPED).astype(np.int8)
+    report = report_document(
+        source["labels"],
+        target.labels,
+        target.byte_ends,
+        index,
+        vocab_map,
+        status=status,
+        kept=_kept(stored, moved, index),
+        n_bytes=target.n_bytes,
+        exact=exact,
+        doc_id=doc_id,
+    )
+    realised = np.asarray(source["realised_logprob"])
+    arrays = {
+        "tokens": np.asarray(target.tokens, np.int32),
+        "labels": np.asarray(target.labels, np.int32),
+        "byte_ends": np.asarray(target.byte_ends, np.int32),
+        "ids": moved.ids,
+        "logprobs": moved.logprobs.astype(dtype),
+        "residual_logprob": moved.residual_logprob.astype(dtype),
+        "status": status,
+        "source_byte_ends": np.asarray(source["byte_ends"], np.int32),
+        "source_realised": realised,
+    }
+    header = {
+        "n_bytes": target.n_bytes,
+        "source_nll_nats": float(-realised.astype(np.float64).sum()),
+        "aligned": report.aligned,
+        "dropped": report.dropped,
+    }
+    return AlignedDocument(header, arrays, report)
+
+
+def _kept(stored: TopK, moved: TopK, index: Array) -> Array:
+    """Mass with a symbol over mass stored, [T]; 0 where nothing was stored."""
+    before = np.exp(np.asarray(stored.logprobs, np.float64)).sum(axis=1)[np.maximum(index, 0)] if len(index) else []
+    after = np.exp(moved.logprobs.astype(np.float64)).sum(axis=1)
+    return np.divide(after, before, out=np.zeros(len(index)), where=np.greater(before, 0))
