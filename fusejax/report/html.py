@@ -87,7 +87,7 @@ def build_report(
         ),
         _section(
             "Training",
-            "Pale: what each step recorded; dark: its exponential moving average (0.9 of the past).",
+            "Pale: what each step recorded; dark: its centred moving average over a twentieth of the steps.",
             _picture(plot_training(arms, plots / "training.png"), "Training curves over the optimiser step"),
         ),
         _section(

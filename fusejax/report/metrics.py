@@ -47,12 +47,14 @@ def read_metrics(path: Path) -> Series:
     return {name: _in_order(values) for name, values in found.items()}
 
 
-def smooth(values: list[float], *, weight: float = 0.9) -> list[float]:
-    """Returns the bias-corrected exponential moving average of a series; `weight` is what the past keeps."""
-    average, result = 0.0, []
-    for n, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**n))
+def smooth(values: list[float], *, half_width: int) -> list[float]:
+    """Returns the centred moving average of a series, its window cut evenly at both ends: no lag, no bias."""
+    last = len(values) - 1
+    result = []
+    for index in range(len(values)):
+        reach = min(index, last - index, half_width)
+        window = values[index - reach : index + reach + 1]
+        result.append(sum(window) / len(window))
     return result
 
 

@@ -23,6 +23,7 @@ ROLES = {
     "ensemble": "#7d5ba6",
 }
 SOURCES = ("#b8a04a", "#5aa7a7", "#b5658b", "#7a7f45", "#6b7fb8", "#a06b4a")
+OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0"}
 INK, FAINT = "#22303c", "#d5dbe1"
 
 # Series of metrics.jsonl -> the title of its panel.
@@ -34,6 +35,7 @@ PANELS = {
     "learning_rate": "Learning rate",
     "tokens_per_second": "Throughput (tokens per second)",
 }
+NOISY = frozenset(PANELS) - {"learning_rate"}
 
 
 def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
@@ -49,7 +51,7 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
     panels = [name for name in PANELS if any(name in series for series in arms.values())]
     if not panels:
         return None
-    columns = min(3, len(panels))
+    columns = _columns(len(panels))
     figure, axes = _grid(len(panels), columns=columns, width=4.2, height=3.0)
     for name, ax in zip(panels, axes, strict=True):
         for number, (arm, series) in enumerate(arms.items()):
@@ -57,9 +59,10 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
                 continue
             steps, values = series[name]
             colour = colour_of(arm, number)
-            ax.plot(steps, values, color=colour, alpha=0.25 if len(values) > 20 else 1, linewidth=1)
-            if len(values) > 20:
-                ax.plot(steps, smooth(values), color=colour, linewidth=1.8)
+            noisy = name in NOISY and len(values) > 20
+            ax.plot(steps, values, color=colour, alpha=0.22 if noisy else 1, linewidth=0.8 if noisy else 1.8)
+            if noisy:
+                ax.plot(steps, smooth(values, half_width=len(values) // 40), color=colour, linewidth=1.8)
             ax.plot([], [], color=colour, linewidth=1.8, label=arm)
         ax.set_title(PANELS[name], fontsize=10, color=INK, loc="left")
         ax.set_xlabel("optimiser step", fontsize=9)
@@ -81,7 +84,7 @@ def plot_bits_per_byte(results: BitsPerByte, path: Path) -> Path | None:
     columns, rows = layout(results)
     if not columns:
         return None
-    width = min(3, len(columns))
+    width = _columns(len(columns))
     figure, axes = _grid(len(columns), columns=width, width=4.2, height=0.9 + 0.3 * len(rows))
     largest = max((results[model].get(c, 0.0) for model, _ in rows for c in columns), default=1.0)
     for index, (column, ax) in enumerate(zip(columns, axes, strict=True)):
@@ -113,23 +116,26 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
     figure, (ax,) = _grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
     left = [0.0] * len(shares)
     for number, part in enumerate(parts):
+        colour = OUTCOMES.get(part, SOURCES[number % len(SOURCES)])
         share = [100 * row.get(part, 0.0) / sum(row.values()) for row in shares.values()]
-        ax.barh(list(shares), share, left=left, height=0.66, color=SOURCES[number % len(SOURCES)], label=part)
+        ax.barh(list(shares), share, left=left, height=0.66, color=colour, label=part)
         for y, (start, length) in enumerate(zip(left, share, strict=True)):
             if length >= 4:  # a narrower piece has no room for its number
-                ax.text(start + length / 2, y, f"{length:.1f}", ha="center", va="center", fontsize=9, color="white")
+                ax.text(
+                    start + length / 2,
+                    y,
+                    f"{length:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color=INK if part == "dropped" else "white",
+                )
         left = [start + length for start, length in zip(left, share, strict=True)]
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.set_xlabel("per cent", fontsize=9)
     ax.set_title(title, fontsize=10, color=INK, loc="left")
-    ax.legend(
-        fontsize=9,
-        frameon=False,
-        ncols=min(6, len(parts)),
-        loc="upper left",
-        bbox_to_anchor=(0, -0.42 / len(shares) - 0.12),
-    )
+    figure.legend(fontsize=9, frameon=False, ncols=min(6, len(parts)), loc="outside lower center")
     return _save(figure, path)
 
 
@@ -146,6 +152,10 @@ def _bars(ax: Axes, names: Sequence[str], values: Sequence[float | None], *, tex
         ax.text(length, y, f" {text}", va="center", fontsize=8, color=INK)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
+
+
+def _columns(count: int) -> int:
+    return 2 if count in (2, 4) else min(3, count)
 
 
 def _grid(count: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -43,6 +43,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_metrics(tmp_path / "gone.jsonl")
 
 
-def test_smoothing_keeps_a_constant_and_starts_without_bias():
-    assert smooth([2.0] * 5) == pytest.approx([2.0] * 5)
-    assert smooth([1.0, 0.0], weight=0.5) == pytest.approx([1.0, 1 / 3])
+def test_smoothing_keeps_a_line_and_averages_noise():
+    assert smooth([1.0, 2.0, 3.0, 4.0, 5.0], half_width=2) == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert smooth([0.0, 3.0, 0.0, 3.0], half_width=1) == pytest.approx([0.0, 1.0, 2.0, 3.0])
+    assert smooth([], half_width=3) == []
