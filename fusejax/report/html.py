@@ -35,6 +35,7 @@ th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid #e
 th:first-child, td:first-child { text-align: left; }
 thead th { color: #5c6b78; font-weight: 600; }
 td.best { font-weight: 700; }
+figure { margin: 12px 0 0; }
 img { max-width: 100%; height: auto; display: block; }
 pre { background: #f4f6f8; padding: 12px; border-radius: 6px; overflow-x: auto; font-size: 13px; }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
@@ -182,7 +183,7 @@ def _picture(path: Path | None, description: str) -> str:
     if path is None:
         return ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{data}"></p>\n'
+    return f'<figure><img alt="{html.escape(description)}" src="data:image/png;base64,{data}"></figure>\n'
 
 
 def _pre(value: Mapping[str, Any]) -> str:
