@@ -1,0 +1,343 @@
+"""The output matmul fused with the losses: a scan over token chunks, no `[T, V]` array in either direction.
+
+Per chunk: one matmul to the logits, the primitive of `xla`, the losses of `losses` and their vector-Jacobian
+product on `[c, G]` arrays, one write of dlogits, two matmuls. XLA's own matmuls are kept: a hand-written one
+would save under a tenth at real widths.
+
+* `linear_fusion_loss` takes its weights in advance, so gradients are computed in the forward scan: 6TDV.
+* `linear_fused_softmax_kl` returns unreduced losses and takes any cotangent: it scans again backward, with the
+  cotangents as weights: 8TDV. Both run the same chunk body.
+
+The head's gradient accumulates in float32. Positions with zero weight are replaced, not multiplied: a NaN in
+them reaches nothing. With `vocab_axis` (inside `jax.shard_map`), `head` is the local shard of the vocabulary,
+the cotangents must be equal on all its shards, the gradient of `hidden` is summed over the axis and that of
+`head` is local; under `check_vma=True` make `head` varying over the token axes first (`jax.lax.pcast`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.fused_softmax_kl import api, losses, reference, tiling, xla
+
+__all__ = [
+    "LinearOptions",
+    "Targets",
+    "linear_fused_softmax_kl",
+    "linear_fusion_loss",
+    "linear_loss_and_gradients",
+]
+
+Array = jax.Array
+
+
+class Targets(NamedTuple):
+    """What supervises each position of a chunk."""
+
+    labels: Array  # [T] int32; outside the vocabulary: no CLM loss
+    ids: Array  # [T, G] int32, members of the events
+    event: Array  # [T, G] int32 in 0..M*K-1, -1: padding
+    logprobs: Array  # [T, M, K] nats
+    rest_logprob: Array  # [T, M] nats
+
+
+class LinearOptions(NamedTuple):
+    """Static options of the scan; hashable. `expand` turns one chunk of targets into `Targets`."""
+
+    divergence: str = "kl"
+    tail: str = "bucket"
+    temperature: float = 1.0
+    scale_by_temperature_squared: bool = False
+    head_layout: str = "dv"
+    chunk: int | None = None
+    softcap: float | None = None
+    valid_vocab: int | None = None
+    vocab_axis: str | None = None
+    implementation: str | None = None
+    expand: Callable[[Any], Targets] | None = None
+
+
+class _Chunk(NamedTuple):
+    hidden: Array  # [c, D]
+    targets: Any  # leaves [c, ...]
+    clm_weights: Array  # [c] float32; 0: not trained
+    kl_weights: Array  # [c, M] float32; 0: not trained
+
+
+def _vocab_local(head: Array, options: LinearOptions) -> int:
+    return head.shape[1 if options.head_layout == "dv" else 0]
+
+
+def _logits(hidden: Array, head: Array, options: LinearOptions) -> Array:
+    equation = "td,dv->tv" if options.head_layout == "dv" else "td,vd->tv"
+    return jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
+
+
+def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options: LinearOptions, vocab: int) -> tuple:
+    """Returns (clm [c], kl [c, M]) from the statistics at 1 (and temperature) and z at [label, ids]."""
+    real = xla.valid_ids(targets.labels, vocab, options.valid_vocab)
+    clm = losses.clm_nats(z[:, 0], stats_lse[:, 0], real & (chunk.clm_weights != 0))
+    event = jnp.where(xla.valid_ids(targets.ids, vocab, options.valid_vocab), targets.event, -1)
+    kl = losses.event_divergence(
+        z[:, 1:],
+        stats_lse[:, -1],
+        event,
+        targets.logprobs,
+        targets.rest_logprob,
+        chunk.kl_weights != 0,
+        divergence=options.divergence,
+        tail=options.tail,
+        temperature=options.temperature,
+        scale_by_temperature_squared=options.scale_by_temperature_squared,
+    )
+    return clm, kl
+
+
+def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
+    """Returns ((clm, kl), (dhidden, dhead) or None) of one chunk, the weights being the cotangents."""
+    active = (chunk.clm_weights != 0) | (chunk.kl_weights != 0).any(axis=-1)
+    hidden = jnp.where(active[:, None], chunk.hidden, 0)
+    targets = chunk.targets if options.expand is None else options.expand(chunk.targets)
+    axis, local = options.vocab_axis, _vocab_local(head, options)
+    vocab = local * (1 if axis is None else lax.axis_size(axis))
+    temperatures = (1.0,) if options.temperature == 1.0 else (1.0, options.temperature)
+    z = xla.prepare_logits(
+        _logits(hidden, head, options), softcap=options.softcap, valid_vocab=options.valid_vocab, vocab_axis=axis
+    )
+    ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
+    valid = xla.valid_ids(ids, vocab, options.valid_vocab)
+    stats = xla.forward(z, ids, valid, temperatures=temperatures, vocab_axis=axis)
+
+    def from_statistics(logsum: Array, gathered: Array) -> tuple:
+        return _losses(logsum, gathered, targets, chunk, options, vocab)
+
+    if not gradients:
+        return from_statistics(stats.logsum, stats.z), None
+    out, pull = jax.vjp(from_statistics, stats.logsum, stats.z)
+    grad_logsum, grad_z = pull((chunk.clm_weights, chunk.kl_weights))
+    dlogits = xla.logits_gradient(
+        z, ids, valid, stats, grad_logsum, grad_z, temperatures=temperatures, softcap=options.softcap, vocab_axis=axis
+    ).astype(hidden.dtype)
+    to_hidden, to_head = ("tv,dv->td", "td,tv->dv") if options.head_layout == "dv" else ("tv,vd->td", "tv,td->vd")
+    dhidden = jnp.einsum(to_hidden, dlogits, head, preferred_element_type=jnp.float32)
+    if axis is not None:
+        dhidden = lax.psum(dhidden, axis)
+    pair = (hidden, dlogits) if options.head_layout == "dv" else (dlogits, hidden)
+    return out, (dhidden.astype(hidden.dtype), jnp.einsum(to_head, *pair, preferred_element_type=jnp.float32))
+
+
+def _in_chunks(rows: _Chunk, size: int) -> _Chunk:
+    """Pads the tokens to a multiple of `size` with untrained positions and splits them: leaves [n, size, ...]."""
+    tokens = rows.hidden.shape[0]
+    padded = tiling.pad_to(max(tokens, 1), size)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, padded - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(padded // size, size, *x.shape[1:])
+
+    return jax.tree.map(split, rows)
+
+
+def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
+    """Returns (TokenLosses, dhidden [T, D] or None, dhead float32 or None)."""
+    tokens = rows.hidden.shape[0]
+    size = options.chunk or tiling.chunk_tokens(tokens, _vocab_local(head, options))
+    chunks = _in_chunks(rows, size)
+
+    def body(dhead: Array | None, chunk: _Chunk) -> tuple:
+        out, grads = _chunk_pass(chunk, head, options, gradients=gradients)
+        if grads is None or dhead is None:
+            return dhead, (out, None)
+        return dhead + grads[1], (out, grads[0])
+
+    # The scalar zero gives the carry the axes over which the tokens vary inside a shard_map.
+    start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.clm_weights, shape=()) if gradients else None
+    dhead, ((clm, kl), dhidden) = lax.scan(body, start, chunks)
+    join = lambda x: x.reshape(-1, *x.shape[2:])[:tokens]  # noqa: E731
+    return losses.TokenLosses(join(clm), join(kl)), None if dhidden is None else join(dhidden), dhead
+
+
+def _dense(rows: _Chunk, head: Array, options: LinearOptions) -> losses.TokenLosses:
+    """The same losses from whole logits and the dense primitive, differentiated by jax."""
+    active = (rows.clm_weights != 0) | (rows.kl_weights != 0).any(axis=-1)
+    targets = rows.targets if options.expand is None else options.expand(rows.targets)
+    ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
+    lse, z = reference.lse_gather(
+        _logits(jnp.where(active[:, None], rows.hidden, 0), head, options),
+        ids,
+        temperatures=(1.0, options.temperature),
+        softcap=options.softcap,
+        valid_vocab=options.valid_vocab,
+    )
+    return losses.TokenLosses(*_losses(lse, z, targets, rows, options, _vocab_local(head, options)))
+
+
+def _check(hidden: Array, head: Array, options: LinearOptions) -> None:
+    losses.check_options(divergence=options.divergence, tail=options.tail, temperature=options.temperature)
+    if options.head_layout not in ("dv", "vd"):
+        raise ValueError(f"head_layout={options.head_layout!r} is unknown; choose 'dv' ([D, V]) or 'vd' ([V, D])")
+    width = head.shape[0 if options.head_layout == "dv" else 1]
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != width:
+        raise ValueError(f"expected hidden [T, D] and head {options.head_layout}, got {hidden.shape} and {head.shape}")
+    if options.chunk is not None and options.chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {options.chunk}")
+    if api.resolve_implementation(options.implementation) == "reference" and options.vocab_axis is not None:
+        raise ValueError("implementation='reference' is dense and cannot take vocab_axis; use 'xla'")
+
+
+def linear_loss_and_gradients(
+    hidden: Array, head: Array, targets: Any, clm_weights: Array, kl_weights: Array, options: LinearOptions
+) -> tuple[losses.TokenLosses, Array, Array]:
+    """Returns the losses of every position and the gradients of their weighted sum, in one pass.
+
+    Args:
+      hidden: [T, D]; head: [D, V] or [V, D] as `options.head_layout` says (the local shard with `vocab_axis`).
+      targets: `Targets`, or what `options.expand` turns into them; every leaf has a leading axis T.
+      clm_weights: [T] float32; kl_weights: [T, M] float32: the weights of the sum; 0 masks hard.
+
+    Returns:
+      (`TokenLosses(clm [T], kl [T, M])`, dhidden [T, D] in hidden's dtype, dhead float32).
+    """
+    _check(hidden, head, options)
+    return _scan(_Chunk(hidden, targets, clm_weights, kl_weights), head, options, gradients=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unreduced(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple[Array, Array]:
+    return tuple(_scan(_Chunk(hidden, *rest), head, options, gradients=False)[0])
+
+
+def _unreduced_forward(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
+    return _unreduced(options, hidden, head, rest), (hidden, head, rest)
+
+
+def _unreduced_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
+    hidden, head, (targets, clm_mask, kl_mask) = saved
+    weights = jnp.where(clm_mask != 0, cotangent[0], 0.0), jnp.where(kl_mask != 0, cotangent[1], 0.0)
+    _, dhidden, dhead = _scan(_Chunk(hidden, targets, *weights), head, options, gradients=True)
+    return dhidden, dhead.astype(head.dtype), None
+
+
+_unreduced.defvjp(_unreduced_forward, _unreduced_backward)
+
+
+def _weighted_sum(out: tuple, clm_weights: Array, kl_weights: Array) -> Array:
+    return jnp.where(clm_weights != 0, clm_weights * out[0], 0.0).sum() + (
+        jnp.where(kl_weights != 0, kl_weights * out[1], 0.0).sum()
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_pass(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
+    out = _scan(_Chunk(hidden, *rest), head, options, gradients=False)[0]
+    return _weighted_sum(out, *rest[1:]), tuple(out)
+
+
+def _one_pass_forward(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
+    out, dhidden, dhead = _scan(_Chunk(hidden, *rest), head, options, gradients=True)
+    return (_weighted_sum(out, *rest[1:]), tuple(out)), (dhidden, dhead.astype(head.dtype))
+
+
+def _one_pass_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
+    scale, dhidden, dhead = cotangent[0], *saved
+    return dhidden * scale.astype(dhidden.dtype), dhead * scale.astype(dhead.dtype), None
+
+
+_one_pass.defvjp(_one_pass_forward, _one_pass_backward)
+
+
+def _normalised(labels: Array, ids: Array, logprobs: Array, rest: Array, event: Array | None) -> tuple[Targets, bool]:
+    """Adds the M axis, the default events, and counts repeated ids once."""
+    mixed = logprobs.ndim == 3
+    logprobs, rest = (logprobs, rest) if mixed else (logprobs[:, None], rest[:, None])
+    slots = logprobs.shape[1] * logprobs.shape[2]
+    if event is None and ids.shape[1] != slots:
+        raise ValueError(f"without event, ids must have one column per event: got {ids.shape[1]} columns, {slots} events")
+    if rest.shape != logprobs.shape[:2] or {labels.shape[0], ids.shape[0]} != {logprobs.shape[0]}:
+        raise ValueError(f"shapes disagree: {labels.shape=} {ids.shape=} {logprobs.shape=} {rest.shape=}")
+    event = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), ids.shape) if event is None else event
+    event, logprobs = losses.merge_duplicates(ids, event.astype(jnp.int32), lax.stop_gradient(logprobs))
+    return Targets(labels, ids, event, logprobs, rest), mixed
+
+
+def linear_fused_softmax_kl(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    ids: Array,
+    logprobs: Array,
+    rest_logprob: Array,
+    mask: Array,
+    *,
+    event: Array | None = None,
+    **options: Any,
+) -> losses.TokenLosses:
+    """Returns the unreduced CLM loss and divergence of every position, differentiable in hidden and head.
+
+    Args:
+      hidden: [T, D]; head: [D, V], or [V, D] with `head_layout="vd"`.
+      labels: [T] int32, the next token; outside the vocabulary: no CLM loss.
+      ids: [T, G] int32, members of the events; outside the vocabulary: inert.
+      logprobs: [T, K] or [T, M, K] nats; rest_logprob: [T] or [T, M] nats.
+      mask: [T]; 0 gives exact zeros in value and gradient.
+      event: [T, G] int32 in 0..M*K-1, the event of each id, -1: padding; None: one id per event, G = M * K.
+      **options: fields of `LinearOptions` (divergence="kl", tail="bucket", temperature=1.0, head_layout="dv",
+        chunk=None, valid_vocab=None, implementation=None, ...).
+
+    Returns:
+      `TokenLosses(clm [T], kl [T] or [T, M])` float32, in nats.
+
+    Raises:
+      ValueError: shapes or options that cannot be used.
+    """
+    settings = LinearOptions(**options)
+    _check(hidden, head, settings)
+    targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
+    weights = (mask != 0).astype(jnp.float32)
+    rest = (targets, weights, jnp.broadcast_to(weights[:, None], targets.rest_logprob.shape))
+    if api.resolve_implementation(settings.implementation) == "reference":
+        clm, kl = _dense(_Chunk(hidden, *rest), head, settings)
+    else:
+        clm, kl = _unreduced(settings, hidden, head, rest)
+    return losses.TokenLosses(clm, kl if mixed else kl[:, 0])
+
+
+def linear_fusion_loss(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    ids: Array,
+    logprobs: Array,
+    rest_logprob: Array,
+    clm_weights: Array,
+    kl_weights: Array,
+    *,
+    event: Array | None = None,
+    **options: Any,
+) -> tuple[Array, losses.TokenLosses]:
+    """Returns `sum(clm_weights * clm) + sum(kl_weights * kl)`, its gradient computed in the forward scan.
+
+    Arguments are those of `linear_fused_softmax_kl`, with weights in the mask's place:
+      clm_weights: [T] float32; kl_weights: [T] or [T, M] float32; 0 masks hard, and no gradient flows to them.
+
+    Returns:
+      (loss [] float32, `TokenLosses(clm [T], kl [T] or [T, M])` without gradient).
+
+    Raises:
+      ValueError: shapes or options that cannot be used.
+    """
+    settings = LinearOptions(**options)
+    _check(hidden, head, settings)
+    targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
+    kl_weights = kl_weights if mixed else kl_weights[:, None]
+    rest = lax.stop_gradient((targets, clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
+    if api.resolve_implementation(settings.implementation) == "reference":
+        clm, kl = _dense(_Chunk(hidden, *rest), head, settings)
+        loss = _weighted_sum((clm, kl), *rest[1:])
+    else:
+        loss, (clm, kl) = _one_pass(settings, hidden, head, rest)
+    return loss, lax.stop_gradient(losses.TokenLosses(clm, kl if mixed else kl[:, 0]))
