@@ -40,4 +40,6 @@ def linear(base: Array | None, targets: Array, *, weights: Array, normalize: boo
     coefficients = linear_coefficients(base, targets, weights=weights, normalize=normalize)
     if not normalize:
         return weighted_sum(coefficients, targets)
+    if targets.shape[0] == 1:
+        return targets[0]  # also keeps the sign of zeros
     return targets[0] + weighted_sum(coefficients, targets - targets[0])

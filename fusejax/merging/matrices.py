@@ -48,8 +48,9 @@ def apply_to_leaf(
       functions: each returns an array per matrix; they share one compiled program.
       stacked: whether axis 0 of the leaf runs over layers.
       base: [...] or [L, ...], any float dtype; None if the functions take none.
-      targets: J arrays like base. If all are numpy the results are numpy.
-      values: parameters; arrays are traced, everything else is part of the program.
+      targets: J arrays like base. If everything is numpy the results are numpy.
+      values: parameters; arrays are traced, everything else is part of the program. A jax array among them
+        or among the leaves gives jax results.
 
     Returns:
       For each function its result, [...] or [L, ...], in float32 (float64 for float64 leaves).
@@ -57,7 +58,8 @@ def apply_to_leaf(
     static = tuple((name, value) for name, value in values.items() if not hasattr(value, "shape"))
     traced = {name: value for name, value in values.items() if hasattr(value, "shape")}
     targets = tuple(targets)
-    if not all(isinstance(leaf, np.ndarray) for leaf in (*targets, *(() if base is None else (base,)))):
+    arrays = (*targets, *traced.values(), *(() if base is None else (base,)))
+    if any(isinstance(array, jax.Array) for array in arrays):
         return _on_device(functions, static, stacked, base, targets, traced)
     wide = targets[0].dtype == np.float64
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
@@ -133,17 +135,22 @@ def leaf_problems(path: str, leaves: dict[str, Array]) -> list[str]:
             problems.append(f"{path} of {name} has shape {leaf.shape}, {reference_name} has {reference.shape}")
         elif leaf.dtype != reference.dtype:
             problems.append(f"{path} of {name} is {leaf.dtype}, {reference_name} is {reference.dtype}")
-        elif isinstance(leaf, jax.core.Tracer):
-            continue  # values are not known while tracing
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-            same = isinstance(reference, jax.core.Tracer) or bool((np.asarray(leaf) == np.asarray(reference)).all())
-            problems += [] if same else [f"{path} is {leaf.dtype} and differs between {name} and {reference_name}"]
-        else:
-            bad = leaf.size - int((jnp if isinstance(leaf, jax.Array) else np).isfinite(leaf).sum())
-            problems += [f"{path} of {name} has {bad} values that are NaN or infinite"] if bad else []
+        elif not isinstance(leaf, jax.core.Tracer):  # values are not known while tracing
+            problems += _value_problems(path, name, leaf, reference_name, reference)
     if reference.ndim == 0 and is_stacked(path):
         problems.append(f"{path} lies under `layers.` but has no layer axis")
     return problems
+
+
+def _value_problems(path: str, name: str, leaf: Array, reference_name: str, reference: Array) -> list[str]:
+    with jax.ensure_compile_time_eval():  # known arrays may meet traced ones
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
+            bad = leaf.size - int(finite.sum())
+            return [f"{path} of {name} has {bad} values that are NaN or infinite"] if bad else []
+        if isinstance(reference, jax.core.Tracer) or bool((leaf == reference).all()):
+            return []
+        return [f"{path} is {leaf.dtype} and differs between {name} and {reference_name}"]
 
 
 def _raise(problems: list[str]) -> None:
