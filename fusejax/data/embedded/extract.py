@@ -31,6 +31,7 @@ _FENCE = re.compile(r"^```.*?^```[^\n]*\n?", re.S | re.M)
 _MARKUP = re.compile(r"<[^>]{1,300}>|!\[[^\]]*\]\([^)]*\)|\[!\[.*?\)\]\([^)]*\)")
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
 _WORD = re.compile(r"[A-Za-z][a-z']*|[A-Z]+")
+_NOT_PROSE = (".. ", "|", "+--", "$ ", ":", "Args:", "Parameters\n", "Returns\n", "Attributes")
 _SIGN = re.compile(r"[^\w\s,.'()]|[\d_]")
 _COMMON = frozenset(
     re.findall(
@@ -139,7 +140,7 @@ def document_prose(text: str) -> str:
 
 def _is_english(paragraph: str) -> bool:
     """At least eight words, a fifth of them function words, and few signs that are neither letters nor spaces."""
-    if ">>>" in paragraph or paragraph.startswith((".. ", "|", "+--", "$ ")):
+    if ">>>" in paragraph or paragraph.startswith(_NOT_PROSE):
         return False
     words = _WORD.findall(paragraph)
     if len(words) < 8:

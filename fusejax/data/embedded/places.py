@@ -72,7 +72,11 @@ def _walk(group: str, root: str, inside: tuple[str, ...]) -> Iterator[SourceFile
         names[:] = sorted(n for n in names if n not in _SKIPPED_DIRECTORIES and not n.startswith("."))
         for name in files:
             path = os.path.join(directory, name)
-            if name.startswith(_SKIPPED_FILES) or (os.path.islink(path) and not _leads_inside(path, inside)):
+            if (
+                name.startswith(_SKIPPED_FILES)
+                or name.endswith("_test.py")
+                or (os.path.islink(path) and not _leads_inside(path, inside))
+            ):
                 continue
             relative = path[len(root) :].replace(os.sep, "/").lstrip("/")
             label = f"{group}/{relative}" if group else relative
