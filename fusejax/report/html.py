@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusejax.report.metrics import read_metrics
+from fusejax.report.metrics import read_series
 from fusejax.report.plots import plot_bits_per_byte, plot_shares, plot_training
 from fusejax.report.tables import BitsPerByte, layout
 
@@ -75,7 +75,7 @@ def build_report(
     run_dir = Path(run_dir)
     plots = run_dir / "plots"
     results: BitsPerByte = result.get("bits_per_byte", {})
-    arms = {name: read_metrics(path) for name, path in (metrics or {}).items()}
+    arms = {name: read_series(path) for name, path in (metrics or {}).items()}
     sections = [
         _section(
             "Bits per byte",

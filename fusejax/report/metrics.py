@@ -11,12 +11,12 @@ from typing import Any
 
 from fusejax.errors import InputError
 
-__all__ = ["Series", "read_metrics", "smooth"]
+__all__ = ["Series", "read_series", "smooth"]
 
 Series = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 
 
-def read_metrics(path: Path) -> Series:
+def read_series(path: Path) -> Series:
     """Returns every numeric series of a metrics file.
 
     Args:

@@ -42,7 +42,7 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
     """Draws the training curves of several arms over the optimiser step, one panel per quantity.
 
     Args:
-        arms: name of the training run -> its series, from `read_metrics`.
+        arms: name of the training run -> its series, from `read_series`.
         path: PNG file to write.
 
     Returns:
