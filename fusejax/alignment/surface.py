@@ -109,8 +109,9 @@ def offset_ends(text: str, offsets: Sequence[tuple[int, int]], *, dummy_first: b
     """Returns the byte end of every token from the tokenizer's character offsets into the original text.
 
     A token whose span overlaps the next token's start ends inside a character (or was inserted by the
-    normaliser); it gets the end of the last token of that overlap. White space that the normaliser dropped at
-    the end of the text belongs to the last token, so the ends always close at the text's length.
+    normaliser); it gets the end of the last token of that overlap. Of the characters that the normaliser dropped
+    between two tokens, a combining mark belongs to the first, white space and what follows it to the second; at
+    the end of the text all belong to the last token, so the ends always close at the text's length.
 
     Args:
       text: the document.
@@ -129,8 +130,18 @@ def offset_ends(text: str, offsets: Sequence[tuple[int, int]], *, dummy_first: b
     inside[:-1] = spans[1:, 0] < spans[:-1, 1]
     closing = np.where(inside, count, np.arange(count))
     closing = np.minimum.accumulate(closing[::-1])[::-1]
-    ends = begins[spans[closing, 1]]
+    stops = spans[:, 1].copy()
+    stops[:-1] = np.maximum(stops[:-1], np.minimum(_next_blank(text)[stops[:-1]], spans[1:, 0]))
+    ends = begins[stops[closing]]
     ends[-1] = begins[-1]
     if dummy_first and count > 1:
         ends[0] = 0
     return np.maximum.accumulate(ends)
+
+
+def _next_blank(text: str) -> Array:
+    """The next white-space character at or after each character, [characters + 1]."""
+    count = len(text)
+    blank = np.fromiter((character.isspace() for character in text), bool, count)
+    where = np.append(np.where(blank, np.arange(count), count), count)
+    return np.minimum.accumulate(where[::-1])[::-1]

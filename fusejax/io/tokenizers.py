@@ -186,7 +186,8 @@ class Tokenizer:
         head = [self.start_id] if start and self.start_id is not None else []
         tail = [self.eos_id] if end and self.eos_id is not None else []
         whole = np.concatenate([np.asarray(head, np.int32), row, np.asarray(tail, np.int32)])
-        ends = np.concatenate([np.zeros(len(head), np.int32), ends])
+        unread = 0 if ids else len(raw)  # a text of which nothing is left is read by the start token
+        ends = np.concatenate([np.full(len(head), unread, np.int32), ends])
         return EncodedDocument(whole[:-1], whole[1:], ends[: max(whole.size - 1, 0)], len(raw), exact)
 
     @functools.cached_property
