@@ -66,12 +66,16 @@ class ModelRef(_Config):
 class TextSource(_Config):
     """Where documents come from."""
 
-    path: str = Field(description="JSONL, parquet, folder of text files, saved dataset, or datasets hub name.")
+    path: str = Field(
+        description="JSONL, parquet, folder of text files, saved dataset, datasets hub name, or `embedded`: the text "
+        "that this Python installation holds, in several domains."
+    )
     domain: str = Field("text", description="Domain, the column of the results table.", pattern=_NAME)
     format: Literal["jsonl", "parquet", "text", "datasets"] | None = Field(None, description="None: by the suffix.")
     text_field: str = Field("text", description="Field that holds the text.")
     split: str | None = Field(None, description="Split of a `datasets` source.")
     limit: int | None = Field(None, ge=1, description="Read at most this many documents.")
+    limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
 
 
 class CorpusConfig(_Config):

@@ -1,18 +1,24 @@
 """prepare: read documents, cut long ones, drop duplicates, split, and keep them as artefact A0."""
 
-__all__ = ["corpus_from_documents", "prepare"]
+__all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare"]
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from fusejax.config import CorpusConfig, TextSource
 from fusejax.data.corpus import Document, cut_documents, dedupe, split_documents, write_corpus
+from fusejax.data.embedded import embedded_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
 from fusejax.io.progress import say
 from fusejax.stages.context import Run, finished
+
+EMBEDDED = "embedded"  # as a path: text that the Python installation itself holds
 
 
 def prepare(run: Run) -> Manifest:
@@ -78,6 +84,9 @@ def corpus_from_documents(
 def _read(sources: Iterable[TextSource]) -> list[Document]:
     found = []
     for source in sources:
+        if source.path == EMBEDDED:
+            found += [document for documents in embedded_documents(source.limit_bytes).values() for document in documents]
+            continue
         documents = read_documents(
             source.path,
             format=source.format,
@@ -88,6 +97,12 @@ def _read(sources: Iterable[TextSource]) -> list[Document]:
         )
         found += list(documents)
     return found
+
+
+@lru_cache(maxsize=1)
+def embedded_documents(max_bytes: int) -> dict[str, list[Document]]:
+    """The text that this Python installation holds, by domain; read once per process."""
+    return embedded_corpus(max_bytes_per_domain=max_bytes)
 
 
 def _inputs(corpus: CorpusConfig) -> dict[str, str]:
@@ -104,14 +119,14 @@ def _inputs(corpus: CorpusConfig) -> dict[str, str]:
 
 
 def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
-    """Keeps the first documents of each domain up to `max_bytes` of text."""
+    """Keeps up to `max_bytes` of text of each domain: a sample that does not depend on the order of documents."""
     if max_bytes is None:
         return documents
     used: dict[str, int] = {}
-    kept = []
-    for document in documents:
+    kept = set()
+    for document in sorted(documents, key=lambda d: (xxhash.xxh3_64_intdigest(d.split_key.encode(), seed=1), d.id)):
         size = used.get(document.domain, 0) + document.n_bytes
         if size <= max_bytes:
             used[document.domain] = size
-            kept.append(document)
-    return kept
+            kept.add(document.id)
+    return [document for document in documents if document.id in kept]

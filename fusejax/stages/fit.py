@@ -1,0 +1,162 @@
+"""Fitting one model: what `train` and the pretraining of the quickstart share.
+
+Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
+"""
+
+__all__ = ["Optimization", "fit"]
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusejax.data.loader import FusionLoader
+from fusejax.io.manifest import fingerprint_of, write_json
+from fusejax.io.progress import progress, say
+from fusejax.losses.fused import batch_fusion_loss
+from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
+from fusejax.parallel import batch_sharding, make_mesh, param_shardings
+from fusejax.train.loop import TrainResult
+from fusejax.train.loop import train as train_loop
+from fusejax.train.optimizer import make_optimizer, make_schedule, warmup_steps_from_ratio
+from fusejax.types import EventGroups
+
+_PLAN = "plan.json"
+
+
+class Optimization(NamedTuple):
+    """The optimiser and its schedule; see `fusejax.config.TrainConfig`."""
+
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.008
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+def fit(
+    label: str,
+    params: Any,
+    config: ModelConfig,
+    loader: FusionLoader,
+    directory: Path,
+    *,
+    optimization: Optimization,
+    loss: Mapping[str, Any],
+    groups: EventGroups | None,
+    identity: Mapping[str, Any],
+    mesh: Mapping[str, int] | None = None,
+    max_steps: int | None = None,
+    accumulation: int = 1,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    checkpoint_every: int = 500,
+    log_every: int = 10,
+    tensorboard: bool = False,
+    evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
+    evaluate_every: int = 0,
+) -> TrainResult:
+    """Trains `params` in `directory`, going on from its last checkpoint if it belongs to the same plan.
+
+    Args:
+      label: shown with the progress.
+      params: nested dict of arrays, the start.
+      config: the architecture.
+      loader: batches; batch n belongs to update n.
+      directory: checkpoints, metrics.jsonl.
+      optimization: optimiser and schedule.
+      loss: options of `batch_fusion_loss`.
+      groups: event groups, one row per source; None without fusion.
+      identity: what determines the result; another one than last time starts afresh, saying so.
+      mesh: sizes of the mesh axes; None or all 1: one device.
+      max_steps: stop earlier than the loader's end.
+      accumulation, compute_dtype, remat, checkpoint_every, log_every, tensorboard: see `TrainConfig`.
+      evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
+    """
+    config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
+    total = min(len(loader), max_steps or len(loader))
+    schedule = make_schedule(
+        optimization.schedule,  # type: ignore[arg-type]
+        peak=optimization.learning_rate,
+        total_steps=total,
+        warmup_steps=warmup_steps_from_ratio(optimization.warmup_ratio, total),
+    )
+    optimizer = make_optimizer(
+        schedule,
+        b1=optimization.adam_b1,
+        b2=optimization.adam_b2,
+        weight_decay=optimization.weight_decay,
+        clip_norm=optimization.clip_norm,
+        decay_mask=decay_mask(config),
+    )
+    placement = _placement(config, mesh)
+    _start_afresh_unless_same(directory, dict(identity) | {"total_steps": total, "optimization": optimization._asdict()})
+    tokens_per_step = loader.batch_size * loader.seq_len
+    with progress(label, total=total * tokens_per_step, unit="tokens") as bar:
+        state = {"step": 0}
+
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            if not state["step"]:
+                bar.start_at((step - 1) * tokens_per_step)
+                state["step"] = step - 1
+            shown = {name: values[name] for name in ("loss", "clm_nats", "fusion_nats") if name in values}
+            bar.update((step - state["step"]) * tokens_per_step, step=step, **shown)
+            state["step"] = step
+
+        return train_loop(
+            params,
+            loader,
+            loss_fn=_loss_fn(config, groups, dict(loss), placement.get("mesh")),
+            optimizer=optimizer,
+            total_steps=total,
+            accumulation=accumulation,
+            checkpoint_dir=directory / "checkpoints",
+            checkpoint_every=checkpoint_every,
+            metrics=directory / "metrics.jsonl",
+            log_every=log_every,
+            tensorboard_dir=directory / "tensorboard" if tensorboard else None,
+            schedule=schedule,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            on_step=on_step,
+            **placement,
+        )
+
+
+def _loss_fn(config: ModelConfig, groups: EventGroups | None, loss: dict[str, Any], mesh: Any) -> Any:
+    def loss_fn(params: Any, batch: Any, denominator: Any) -> Any:
+        hidden = hidden_states(params, config, batch.tokens, batch.positions, batch.segment_ids, mesh=mesh)
+        head, layout = head_kernel(params, config)
+        head = head.astype(hidden.dtype)
+        divergence = partial(batch_fusion_loss, head_layout=layout, denominator=denominator, mesh=mesh, **loss)
+        return divergence(hidden, head, batch, groups)
+
+    return loss_fn
+
+
+def _placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str, Any]:
+    """The mesh and shardings that the loop needs, or nothing for one device."""
+    if not mesh or all(size == 1 for size in mesh.values()):
+        return {}
+    made = make_mesh(**mesh)
+    shardings = param_shardings(param_table(config), made)
+    return {"mesh": made, "param_shardings": shardings, "batch_sharding": batch_sharding(made)}
+
+
+def _start_afresh_unless_same(directory: Path, identity: Mapping[str, Any]) -> None:
+    plan = {"plan": fingerprint_of(identity)}
+    path = directory / _PLAN
+    if path.is_file():
+        import json
+
+        if json.loads(path.read_text()) == plan:
+            return
+        say(f"{directory}: settings or inputs have changed, training starts afresh")
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    write_json(path, plan)

@@ -1,0 +1,115 @@
+"""train: the target once per fusion, and once on CLM alone, all from the same start on the same tokens."""
+
+__all__ = ["train"]
+
+import shutil
+from typing import Any
+
+import numpy as np
+
+from fusejax.alignment import event_groups
+from fusejax.data.loader import FusionLoader
+from fusejax.errors import InputError
+from fusejax.io.manifest import Manifest, read_manifest
+from fusejax.io.store import RecordReader
+from fusejax.io.tokenizers import check_vocabulary
+from fusejax.stages.context import Run, finished
+from fusejax.stages.fit import Optimization, fit
+from fusejax.stages.fuse import PARTITIONS
+from fusejax.stages.keep import keep_model
+from fusejax.types import EventGroups
+
+
+def train(run: Run) -> dict[str, Manifest]:
+    """Trains every arm of the run; finished ones are skipped, interrupted ones go on."""
+    arms = [fusion.name for fusion in run.config.fusions]
+    done = {arm: _train_arm(run, arm, run.fused_dir(arm)) for arm in arms}
+    if run.config.train.baseline:
+        # The baseline reads the first fusion's records, so that both see the same rows in the same order.
+        done["clm"] = _train_arm(run, "clm", run.fused_dir(arms[0]))
+    return done
+
+
+def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
+    config, options = run.config, run.config.train
+    reader = RecordReader(fused_dir, kind="fused")
+    fusing = arm != "clm"
+    loss = config.loss.model_dump(mode="json")
+    settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": loss}
+    settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
+    parents = {"target": run.fingerprint(config.target)}
+    # The baseline depends on the text alone: other sources do not train it again.
+    parents |= {"fused": reader.manifest.fingerprint} if fusing else {"corpus": _corpus(run)}
+    directory = run.model_dir(arm)
+    if done := finished(directory, kind="model", settings=settings, parents=parents):
+        return done
+    run.replace_stale(directory)
+    start = run.model(config.target)
+    tokenizer = run.tokenizer(config.target)
+    check_vocabulary(tokenizer, start.config.vocab_size, str(start.directory))
+    if options.seq_len > start.config.max_positions:
+        raise InputError(
+            f"train.seq_len is {options.seq_len}, but {start.directory} has {start.config.max_positions} positions"
+        )
+    loader = FusionLoader(
+        reader,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        seed=config.seed,
+        epochs=options.epochs,
+        packed=options.packing,
+        use_targets=fusing,
+    )
+    result = fit(
+        f"train {arm}",
+        start.params,
+        start.config,
+        loader,
+        run.train_dir(arm),
+        optimization=Optimization(**{name: getattr(options, name) for name in Optimization._fields}),
+        loss=loss,
+        groups=_groups(reader) if fusing else None,
+        identity=settings | parents,
+        mesh=config.mesh.model_dump(),
+        max_steps=options.max_steps,
+        accumulation=options.accumulation,
+        compute_dtype=options.compute_dtype,
+        remat=options.remat,
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+        tensorboard=options.tensorboard,
+    )
+    import jax
+
+    params = jax.tree.map(np.asarray, result.state.params)
+    facts = {
+        "steps": int(result.state.step),
+        "tokens": int(result.state.step) * options.batch_size * options.seq_len,
+        "compile_seconds": result.compile_seconds,
+        "peak_bytes": result.peak_bytes,
+    }
+    kept = keep_model(
+        directory,
+        start.config,
+        params,
+        tokenizer_dir=start.directory,
+        settings=settings,
+        parents=parents,
+        facts=facts,
+    )
+    shutil.rmtree(run.train_dir(arm) / "checkpoints", ignore_errors=True)
+    return kept
+
+
+def _corpus(run: Run) -> str:
+    return read_manifest(run.corpus_dir, kind="corpus").fingerprint
+
+
+_WITHOUT_EFFECT = {"baseline", "checkpoint_every", "log_every", "tensorboard"}
+
+
+def _groups(reader: RecordReader) -> EventGroups:
+    """The event groups of every source, stacked: offsets [S, V + 1], members [S, V]."""
+    with np.load(reader.directory / PARTITIONS, allow_pickle=False) as arrays:
+        groups = [event_groups(symbols) for symbols in arrays["symbol_of_target"]]
+    return EventGroups(np.stack([g.offsets for g in groups]), np.stack([g.members for g in groups]))
