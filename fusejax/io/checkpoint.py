@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusejax.errors import InputError
+from fusejax.parallel.paths import unflatten_paths
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,6 +40,7 @@ with warnings.catch_warnings():
 
 __all__ = [
     "all_steps",
+    "drop_steps_after",
     "latest_step",
     "load_model_params",
     "remove_orphans",
@@ -127,6 +129,15 @@ def latest_step(directory: str | Path) -> int | None:
     return steps[-1] if steps else None
 
 
+def drop_steps_after(directory: str | Path, step: int) -> list[int]:
+    """Removes the checkpoints of steps beyond `step`, for a run that goes back; returns and logs them."""
+    dropped = [found for found in all_steps(directory) if found > step]
+    for found in dropped if jax.process_index() == 0 else []:
+        log.warning("removing the checkpoint of step %d in %s: the run goes back to step %d", found, directory, step)
+        shutil.rmtree(Path(directory) / str(found))
+    return dropped
+
+
 def remove_orphans(directory: str | Path) -> list[Path]:
     """Removes what a killed save left in a checkpoint directory; returns and logs what was removed."""
     directory = Path(directory)
@@ -170,7 +181,7 @@ def save_model(
         _barrier("fusejax_model_end")
 
 
-def load_model_params(directory: str | Path, *, shardings: Any | None = None) -> tuple[Any, dict[str, Any]]:
+def load_model_params(directory: str | Path, *, shardings: Any | None = None) -> Any:
     """Reads a model directory written by `save_model` and verifies every leaf.
 
     Args:
@@ -178,15 +189,14 @@ def load_model_params(directory: str | Path, *, shardings: Any | None = None) ->
         shardings: nested dict of shardings like the params; None gives numpy arrays.
 
     Returns:
-        (params as a nested dict, the config dict).
+        The params as a nested dict; config.json beside them is read by `fusejax.io.hf.read_hf_config`.
 
     Raises:
         InputError: not such a directory, shardings for other leaves, or damaged leaves (all are named).
     """
     directory = Path(directory).absolute()
     leaves = _read_json(directory / CHECKSUMS)["leaves"]
-    config = _read_json(directory / "config.json")
-    target = _nest({path: jax.ShapeDtypeStruct(e["shape"], _dtype(e["dtype"])) for path, e in leaves.items()})
+    target = unflatten_paths({path: jax.ShapeDtypeStruct(e["shape"], _dtype(e["dtype"])) for path, e in leaves.items()})
     if shardings is None:
         # Placed on one device leaf by leaf would need the model to fit there: numpy is asked for instead.
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
@@ -199,7 +209,7 @@ def load_model_params(directory: str | Path, *, shardings: Any | None = None) ->
     with _quiet(), _explained(directory), ocp.PyTreeCheckpointer() as checkpointer:
         params = checkpointer.restore(directory / "params", item=target, restore_args=restore_args)
     _verify(leaves, params, directory)
-    return params, config
+    return params
 
 
 def tree_checksums(tree: Any) -> dict[str, str]:
@@ -246,17 +256,6 @@ def _describe(tree: Any) -> dict[str, dict[str, Any]]:
 def _flatten(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split(".")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree
 
 
 def _dtype(name: str) -> np.dtype:

@@ -187,15 +187,16 @@ def test_model_directory_roundtrip(tmp_path):
         "params",
         "tokenizer.json",
     ]
-    loaded, read = load_model_params(tmp_path / "model")
-    assert read == config() and all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded))
+    loaded = load_model_params(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == config()
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded))
     same(loaded, params)
     shardings = jax.tree.map(lambda x: x.sharding, place(params, 4))
-    sharded, _ = load_model_params(tmp_path / "model", shardings=shardings)
+    sharded = load_model_params(tmp_path / "model", shardings=shardings)
     same(sharded, params)
     assert sharded["head"]["kernel"].sharding == shardings["head"]["kernel"]
     save_model(tmp_path / "model", loaded, config() | {"hidden_size": 9})
-    assert load_model_params(tmp_path / "model")[1]["hidden_size"] == 9
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 9
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tokenizer"]
 
 
@@ -206,7 +207,7 @@ def test_model_directory_errors(tmp_path):
     save_model(tmp_path / "m", params, config())
     with pytest.raises(InputError, match="no tokenizer file"):
         save_model(tmp_path / "m", params, config(), tokenizer_dir=tmp_path)
-    same(load_model_params(tmp_path / "m")[0], params)  # the earlier one is intact
+    same(load_model_params(tmp_path / "m"), params)  # the earlier one is intact
     with pytest.raises(InputError, match="other leaves"):
         load_model_params(tmp_path / "m", shardings={"x": None})
     file = max(data_files(tmp_path / "m"), key=lambda p: p.stat().st_size)
