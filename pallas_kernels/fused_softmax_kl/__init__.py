@@ -7,6 +7,8 @@ scan over token chunks, so that no array of shape `[tokens, vocabulary]` exists,
 
 from pallas_kernels.fused_softmax_kl.api import LseGather, lse_gather
 from pallas_kernels.fused_softmax_kl.linear import (
+    LinearOptions,
+    Targets,
     linear_fused_softmax_kl,
     linear_fusion_loss,
     linear_loss_and_gradients,
@@ -26,7 +28,9 @@ __all__ = [
     "DIVERGENCES",
     "REST_FLOOR",
     "TAILS",
+    "LinearOptions",
     "LseGather",
+    "Targets",
     "TokenLosses",
     "chunk_tokens",
     "clm_nats",

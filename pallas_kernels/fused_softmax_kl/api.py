@@ -94,9 +94,7 @@ def lse_gather(
 
 
 def _statistics(static: _Static, logits: Array, ids: Array) -> tuple[Array, Array, xla.RowGather]:
-    z = xla.prepare_logits(
-        logits, softcap=static.softcap, valid_vocab=static.valid_vocab, vocab_axis=static.vocab_axis
-    )
+    z = xla.prepare_logits(logits, softcap=static.softcap, valid_vocab=static.valid_vocab, vocab_axis=static.vocab_axis)
     size = logits.shape[1] * (1 if static.vocab_axis is None else jax.lax.axis_size(static.vocab_axis))
     valid = xla.valid_ids(ids, size, static.valid_vocab)
     stats = xla.forward(z, ids, valid, temperatures=static.temperatures, vocab_axis=static.vocab_axis)
@@ -117,9 +115,7 @@ def _lse_gather_forward(static: _Static, logits: Array, ids: Array) -> tuple[Lse
 
 def _lse_gather_backward(static: _Static, saved: tuple, cotangent: LseGather) -> tuple[Array, None]:
     logits, ids, valid, stats = saved
-    z = xla.prepare_logits(
-        logits, softcap=static.softcap, valid_vocab=static.valid_vocab, vocab_axis=static.vocab_axis
-    )
+    z = xla.prepare_logits(logits, softcap=static.softcap, valid_vocab=static.valid_vocab, vocab_axis=static.vocab_axis)
     gradient = xla.logits_gradient(
         z,
         ids,

@@ -64,8 +64,8 @@ class LinearOptions(NamedTuple):
 class _Chunk(NamedTuple):
     hidden: Array  # [c, D]
     targets: Any  # leaves [c, ...]
-    clm_weights: Array  # [c] float32; 0: not trained
-    kl_weights: Array  # [c, M] float32; 0: not trained
+    masks: tuple[Array, Array]  # ([c], [c, M]) bool: which losses are wanted
+    weights: tuple[Array, Array]  # ([c], [c, M]) float32: the cotangents of (clm, kl)
 
 
 def _vocab_local(head: Array, options: LinearOptions) -> int:
@@ -80,7 +80,7 @@ def _logits(hidden: Array, head: Array, options: LinearOptions) -> Array:
 def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options: LinearOptions, vocab: int) -> tuple:
     """Returns (clm [c], kl [c, M]) from the statistics at 1 (and temperature) and z at [label, ids]."""
     real = xla.valid_ids(targets.labels, vocab, options.valid_vocab)
-    clm = losses.clm_nats(z[:, 0], stats_lse[:, 0], real & (chunk.clm_weights != 0))
+    clm = losses.clm_nats(z[:, 0], stats_lse[:, 0], real & chunk.masks[0])
     event = jnp.where(xla.valid_ids(targets.ids, vocab, options.valid_vocab), targets.event, -1)
     kl = losses.event_divergence(
         z[:, 1:],
@@ -88,7 +88,7 @@ def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options
         event,
         targets.logprobs,
         targets.rest_logprob,
-        chunk.kl_weights != 0,
+        chunk.masks[1],
         divergence=options.divergence,
         tail=options.tail,
         temperature=options.temperature,
@@ -99,7 +99,7 @@ def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options
 
 def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
     """Returns ((clm, kl), (dhidden, dhead) or None) of one chunk, the weights being the cotangents."""
-    active = (chunk.clm_weights != 0) | (chunk.kl_weights != 0).any(axis=-1)
+    active = chunk.masks[0] | chunk.masks[1].any(axis=-1)
     hidden = jnp.where(active[:, None], chunk.hidden, 0)
     targets = chunk.targets if options.expand is None else options.expand(chunk.targets)
     axis, local = options.vocab_axis, _vocab_local(head, options)
@@ -118,7 +118,7 @@ def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients
     if not gradients:
         return from_statistics(stats.logsum, stats.z), None
     out, pull = jax.vjp(from_statistics, stats.logsum, stats.z)
-    grad_logsum, grad_z = pull((chunk.clm_weights, chunk.kl_weights))
+    grad_logsum, grad_z = pull(chunk.weights)
     dlogits = xla.logits_gradient(
         z, ids, valid, stats, grad_logsum, grad_z, temperatures=temperatures, softcap=options.softcap, vocab_axis=axis
     ).astype(hidden.dtype)
@@ -155,7 +155,7 @@ def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool)
         return dhead + grads[1], (out, grads[0])
 
     # The scalar zero gives the carry the axes over which the tokens vary inside a shard_map.
-    start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.clm_weights, shape=()) if gradients else None
+    start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.weights[0], shape=()) if gradients else None
     dhead, ((clm, kl), dhidden) = lax.scan(body, start, chunks)
     join = lambda x: x.reshape(-1, *x.shape[2:])[:tokens]  # noqa: E731
     return losses.TokenLosses(join(clm), join(kl)), None if dhidden is None else join(dhidden), dhead
@@ -163,7 +163,7 @@ def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool)
 
 def _dense(rows: _Chunk, head: Array, options: LinearOptions) -> losses.TokenLosses:
     """The same losses from whole logits and the dense primitive, differentiated by jax."""
-    active = (rows.clm_weights != 0) | (rows.kl_weights != 0).any(axis=-1)
+    active = rows.masks[0] | rows.masks[1].any(axis=-1)
     targets = rows.targets if options.expand is None else options.expand(rows.targets)
     ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
     lse, z = reference.lse_gather(
@@ -190,61 +190,71 @@ def _check(hidden: Array, head: Array, options: LinearOptions) -> None:
 
 
 def linear_loss_and_gradients(
-    hidden: Array, head: Array, targets: Any, clm_weights: Array, kl_weights: Array, options: LinearOptions
-) -> tuple[losses.TokenLosses, Array, Array]:
+    hidden: Array,
+    head: Array,
+    targets: Any,
+    masks: tuple[Array, Array],
+    weights: tuple[Array, Array] | None,
+    options: LinearOptions,
+) -> tuple[losses.TokenLosses, Array | None, Array | None]:
     """Returns the losses of every position and the gradients of their weighted sum, in one pass.
 
     Args:
       hidden: [T, D]; head: [D, V] or [V, D] as `options.head_layout` says (the local shard with `vocab_axis`).
       targets: `Targets`, or what `options.expand` turns into them; every leaf has a leading axis T.
-      clm_weights: [T] float32; kl_weights: [T, M] float32: the weights of the sum; 0 masks hard.
+      masks: ([T], [T, M]) bool, which losses are wanted; the others are exact zeros.
+      weights: ([T], [T, M]) float32, the weights of the sum; None: losses only.
 
     Returns:
       (`TokenLosses(clm [T], kl [T, M])`, dhidden [T, D] in hidden's dtype, dhead float32).
     """
     _check(hidden, head, options)
-    return _scan(_Chunk(hidden, targets, clm_weights, kl_weights), head, options, gradients=True)
+    wanted = weights is not None
+    rows = _Chunk(hidden, targets, masks, weights if wanted else jax.tree.map(jnp.float32, masks))
+    return _scan(rows, head, options, gradients=wanted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unreduced(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple[Array, Array]:
-    return tuple(_scan(_Chunk(hidden, *rest), head, options, gradients=False)[0])
+def _unreduced(options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple) -> tuple:
+    return tuple(linear_loss_and_gradients(hidden, head, targets, masks, None, options)[0])
 
 
-def _unreduced_forward(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
-    return _unreduced(options, hidden, head, rest), (hidden, head, rest)
+def _unreduced_forward(options: LinearOptions, *arrays: Any) -> tuple:
+    return _unreduced(options, *arrays), arrays
 
 
 def _unreduced_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
-    hidden, head, (targets, clm_mask, kl_mask) = saved
-    weights = jnp.where(clm_mask != 0, cotangent[0], 0.0), jnp.where(kl_mask != 0, cotangent[1], 0.0)
-    _, dhidden, dhead = _scan(_Chunk(hidden, targets, *weights), head, options, gradients=True)
-    return dhidden, dhead.astype(head.dtype), None
+    hidden, head, targets, masks = saved
+    weights = jax.tree.map(lambda mask, g: jnp.where(mask, g, 0.0), masks, cotangent)
+    _, dhidden, dhead = linear_loss_and_gradients(hidden, head, targets, masks, weights, options)
+    return dhidden, dhead.astype(head.dtype), None, None
 
 
 _unreduced.defvjp(_unreduced_forward, _unreduced_backward)
 
 
-def _weighted_sum(out: tuple, clm_weights: Array, kl_weights: Array) -> Array:
-    return jnp.where(clm_weights != 0, clm_weights * out[0], 0.0).sum() + (
-        jnp.where(kl_weights != 0, kl_weights * out[1], 0.0).sum()
-    )
+def _weighted_sum(out: tuple, masks: tuple, weights: tuple) -> Array:
+    return sum(jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_pass(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
-    out = _scan(_Chunk(hidden, *rest), head, options, gradients=False)[0]
-    return _weighted_sum(out, *rest[1:]), tuple(out)
+def _one_pass(
+    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: tuple
+) -> tuple:
+    out = linear_loss_and_gradients(hidden, head, targets, masks, None, options)[0]
+    return _weighted_sum(out, masks, weights), tuple(out)
 
 
-def _one_pass_forward(options: LinearOptions, hidden: Array, head: Array, rest: tuple) -> tuple:
-    out, dhidden, dhead = _scan(_Chunk(hidden, *rest), head, options, gradients=True)
-    return (_weighted_sum(out, *rest[1:]), tuple(out)), (dhidden, dhead.astype(head.dtype))
+def _one_pass_forward(
+    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: tuple
+) -> tuple:
+    out, dhidden, dhead = linear_loss_and_gradients(hidden, head, targets, masks, weights, options)
+    return (_weighted_sum(out, masks, weights), tuple(out)), (dhidden, dhead.astype(head.dtype))
 
 
 def _one_pass_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
     scale, dhidden, dhead = cotangent[0], *saved
-    return dhidden * scale.astype(dhidden.dtype), dhead * scale.astype(dhead.dtype), None
+    return dhidden * scale.astype(dhidden.dtype), dhead * scale.astype(dhead.dtype), None, None, None
 
 
 _one_pass.defvjp(_one_pass_forward, _one_pass_backward)
@@ -256,7 +266,9 @@ def _normalised(labels: Array, ids: Array, logprobs: Array, rest: Array, event: 
     logprobs, rest = (logprobs, rest) if mixed else (logprobs[:, None], rest[:, None])
     slots = logprobs.shape[1] * logprobs.shape[2]
     if event is None and ids.shape[1] != slots:
-        raise ValueError(f"without event, ids must have one column per event: got {ids.shape[1]} columns, {slots} events")
+        raise ValueError(
+            f"without event, ids must have one column per event: got {ids.shape[1]} columns, {slots} events"
+        )
     if rest.shape != logprobs.shape[:2] or {labels.shape[0], ids.shape[0]} != {logprobs.shape[0]}:
         raise ValueError(f"shapes disagree: {labels.shape=} {ids.shape=} {logprobs.shape=} {rest.shape=}")
     event = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), ids.shape) if event is None else event
@@ -297,12 +309,11 @@ def linear_fused_softmax_kl(
     settings = LinearOptions(**options)
     _check(hidden, head, settings)
     targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
-    weights = (mask != 0).astype(jnp.float32)
-    rest = (targets, weights, jnp.broadcast_to(weights[:, None], targets.rest_logprob.shape))
+    masks = (mask != 0, jnp.broadcast_to((mask != 0)[:, None], targets.rest_logprob.shape))
     if api.resolve_implementation(settings.implementation) == "reference":
-        clm, kl = _dense(_Chunk(hidden, *rest), head, settings)
+        clm, kl = _dense(_Chunk(hidden, targets, masks, masks), head, settings)
     else:
-        clm, kl = _unreduced(settings, hidden, head, rest)
+        clm, kl = _unreduced(settings, hidden, head, targets, masks)
     return losses.TokenLosses(clm, kl if mixed else kl[:, 0])
 
 
@@ -334,10 +345,11 @@ def linear_fusion_loss(
     _check(hidden, head, settings)
     targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
     kl_weights = kl_weights if mixed else kl_weights[:, None]
-    rest = lax.stop_gradient((targets, clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
+    weights = lax.stop_gradient((clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
+    masks = jax.tree.map(lambda w: w != 0, weights)
     if api.resolve_implementation(settings.implementation) == "reference":
-        clm, kl = _dense(_Chunk(hidden, *rest), head, settings)
-        loss = _weighted_sum((clm, kl), *rest[1:])
+        clm, kl = _dense(_Chunk(hidden, targets, masks, weights), head, settings)
+        loss = _weighted_sum((clm, kl), masks, weights)
     else:
-        loss, (clm, kl) = _one_pass(settings, hidden, head, rest)
+        loss, (clm, kl) = _one_pass(settings, hidden, head, targets, masks, weights)
     return loss, lax.stop_gradient(losses.TokenLosses(clm, kl if mixed else kl[:, 0]))

@@ -129,7 +129,7 @@ def merge_duplicates(ids: Array, event: Array, logprobs: Array) -> tuple[Array, 
       logprobs: [T, M, K] nats.
     """
     (tokens, mixed, k), g = logprobs.shape, ids.shape[1]
-    if g == 0 or k == 0:
+    if g == 0 or mixed * k == 0:
         return event, logprobs
     part = jnp.where(event >= 0, event // k, -1)
     same = (ids[:, :, None] == ids[:, None, :]) & (part[:, :, None] == part[:, None, :]) & (event >= 0)[:, None, :]
@@ -228,6 +228,8 @@ def event_divergence(
     """
     check_options(divergence=divergence, tail=tail, temperature=temperature)
     tokens, mixed, k = logprobs.shape
+    if mixed == 0:
+        return jnp.zeros((tokens, 0), jnp.float32)
     logprobs, rest = lax.stop_gradient((logprobs.astype(jnp.float32), rest_logprob.astype(jnp.float32)))
     alive = mask.any(axis=-1)
     z, lse = jnp.where(alive[:, None], z, 0.0) / temperature, jnp.where(alive, lse, 0.0)
