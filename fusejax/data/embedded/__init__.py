@@ -50,7 +50,8 @@ def embedded_corpus(
     Args:
       max_bytes_per_domain: UTF-8 bytes; a domain stops within one document of it.
       seed: another seed samples other files where there are more than needed.
-      roots: pairs (group, directory) to read instead of the interpreter's own directories.
+      roots: pairs (group, directory) to read instead of the interpreter's own directories; an empty group makes each
+        entry of the directory a group.
 
     Returns:
       domain -> documents, sorted by id; ids are `<domain>/<package>/<path>`.
@@ -74,7 +75,7 @@ def collect_embedded(
     """
     if max_bytes_per_domain < 1000:
         raise InputError(f"max_bytes_per_domain is {max_bytes_per_domain}; a domain needs at least 1000 bytes")
-    collector = _Collector(find_files(roots), max_bytes_per_domain, seed)
+    collector = _Collector(find_files(roots), max_bytes_per_domain, seed, pydoc=roots is None)
     filled: dict[str, list[Document]] = {}
     found: dict[str, list[Document]] = {}
     for domain in DOMAINS:
@@ -103,8 +104,8 @@ def _size(documents: Iterable[Document]) -> int:
 class _Collector:
     """Reads, filters and samples files; a Python file is parsed once for both of its domains."""
 
-    def __init__(self, files: list[SourceFile], max_bytes: int, seed: int):
-        self._files, self._max_bytes, self._seed = files, max_bytes, seed
+    def __init__(self, files: list[SourceFile], max_bytes: int, seed: int, *, pydoc: bool):
+        self._files, self._max_bytes, self._seed, self._pydoc = files, max_bytes, seed, pydoc
         self._docstrings: dict[str, str] = {}
         self.left_out: Counter[str] = Counter()
 
@@ -135,7 +136,7 @@ class _Collector:
 
     def _candidates(self, domain: str) -> Iterator[tuple[str, str, Callable[[], str]]]:
         """(group, label, reader of the domain's text) for every file that may belong to the domain."""
-        if domain == "prose":
+        if domain == "prose" and self._pydoc:
             yield from _pydoc_topics()
         for file in self._files:
             name = os.path.basename(file.path)
