@@ -12,6 +12,7 @@ from fusejax.models.params import (
     param_table,
 )
 from fusejax.models.rope import RopeConfig
+from fusejax.models.scoring import score_tokens
 
 __all__ = [
     "ModelConfig",
@@ -28,4 +29,5 @@ __all__ = [
     "model_config_from_hf",
     "model_config_to_hf",
     "param_table",
+    "score_tokens",
 ]

@@ -93,7 +93,8 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise InputError(
-            f"unsupported model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}.{nearest(str(kind), ARCHITECTURES)}"
+            f"unsupported model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}."
+            + nearest(str(kind), ARCHITECTURES)
         )
     _refuse_unsupported(config)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

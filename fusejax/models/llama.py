@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from fusejax.models.config import ModelConfig
 from fusejax.models.layers import apply_rope, attention, attention_mask, rms_norm, swiglu
 from fusejax.models.rope import rope_tables
-from jax.sharding import Mesh
 from fusejax.parallel.sharding import Layout, ShardingRules
 
 __all__ = ["Llama", "head_kernel", "hidden_states", "logits"]

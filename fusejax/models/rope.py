@@ -20,7 +20,7 @@ import numpy as np
 
 from fusejax.errors import InputError, nearest
 
-__all__ = ["ROPE_KINDS", "RopeConfig", "rope_from_hf", "rope_frequencies", "rope_tables", "rope_to_hf"]
+__all__ = ["ROPE_KINDS", "RopeConfig", "rope_frequencies", "rope_from_hf", "rope_tables", "rope_to_hf"]
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
