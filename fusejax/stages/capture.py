@@ -18,14 +18,17 @@ from fusejax.sources.capture import capture_shard, record_of
 from fusejax.stages.context import Run, finished
 
 
-def scorer(model: LoadedModel, *, top_k: int) -> Callable[..., Any]:
-    """Returns the jitted forward pass: [B, T] int32 arrays -> (realised logprob [B, T], TopK [B, T, K] or None)."""
+def scorer(model: LoadedModel, *, top_k: int, valid_vocab: int | None = None) -> Callable[..., Any]:
+    """Returns the jitted forward pass: [B, T] int32 arrays -> (realised logprob [B, T], TopK [B, T, K] or None).
+
+    Ids from `valid_vocab` on are padding of the model's vocabulary and get no probability.
+    """
     import jax
 
     from fusejax.models import score_tokens
 
     params = jax.device_put(model.params)
-    score = jax.jit(partial(score_tokens, cfg=model.config, k=top_k))
+    score = jax.jit(partial(score_tokens, cfg=model.config, k=top_k, valid_vocab=valid_vocab))
     return lambda tokens, labels, positions, segment_ids: score(
         params, tokens=tokens, labels=labels, positions=positions, segment_ids=segment_ids
     )
@@ -62,7 +65,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
     writer = RecordWriter(
         directory, kind="captured", settings=settings, parents=parents, shard_size=options.shard_size
     )
-    score = scorer(model, top_k=min(options.top_k, tokenizer.vocab_size))
+    score = scorer(model, top_k=min(options.top_k, tokenizer.vocab_size), valid_vocab=tokenizer.vocab_size)
     total = sum(document.n_bytes for document in documents)
     positions, start = 0, time.monotonic()
     with progress(f"capture {name}", total=total, unit="bytes") as bar:

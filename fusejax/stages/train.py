@@ -34,7 +34,9 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     config, options = run.config, run.config.train
     reader = RecordReader(fused_dir, kind="fused")
     fusing = arm != "clm"
-    loss = config.loss.model_dump(mode="json")
+    loss: dict[str, Any] = config.loss.model_dump(mode="json")
+    if not fusing:
+        loss = {"clm_weight": config.loss.clm_weight + config.loss.fusion_weight, "fusion_weight": 0.0}
     settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": loss}
     settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
     parents = {"target": run.fingerprint(config.target)}

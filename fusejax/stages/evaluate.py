@@ -1,0 +1,149 @@
+"""evaluate: bits per byte of one model on a file, or of every model of a run on its test split."""
+
+__all__ = ["command", "evaluate_run", "score_texts"]
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.config import ModelRef
+from fusejax.data.corpus import Document, read_corpus
+from fusejax.data.readers import read_documents
+from fusejax.errors import InputError
+from fusejax.evaluation import DocumentScore, Evaluation, by_domain, ensemble_evaluations, evaluate_documents
+from fusejax.io.manifest import MANIFEST, read_manifest, write_json
+from fusejax.io.models import LoadedModel, open_model, resolve_model
+from fusejax.io.progress import progress
+from fusejax.io.store import Record, RecordReader, RecordWriter
+from fusejax.io.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from fusejax.report import markdown_table
+from fusejax.stages.capture import scorer
+from fusejax.stages.command import Result, parser
+from fusejax.stages.context import Run, finished
+
+
+def score_texts(
+    model: LoadedModel, tokenizer: Tokenizer, texts: Sequence[str], *, context: int, batch_tokens: int, label: str
+) -> Evaluation:
+    """Scores every token of texts; [N] realised log-probabilities per document."""
+    check_vocabulary(tokenizer, model.config.vocab_size, str(model.directory))
+    score = scorer(model, top_k=0, valid_vocab=tokenizer.vocab_size)
+    context = min(context, model.config.max_positions)
+    with progress(f"evaluate {label}", total=sum(len(text.encode()) for text in texts), unit="bytes") as bar:
+        found = evaluate_documents(
+            lambda *arrays: score(*arrays)[0],
+            tokenizer,
+            texts,
+            context=context,
+            batch_size=max(1, batch_tokens // context),
+        )
+        bar.update(found.n_bytes)
+    return found
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Evaluates sources, target, every trained arm, the merged model and the ensemble; writes result.json."""
+    documents = read_corpus(run.corpus_dir, "test")
+    domains = [document.domain for document in documents]
+    table: dict[str, dict[str, float]] = {}
+    fused: list[Evaluation] = []
+    for name, path in _models(run).items():
+        evaluation = _evaluate_one(run, name, path, documents)
+        table[name] = by_domain(evaluation, domains)
+        if name == "target" or name.startswith("source:"):
+            fused.append(evaluation)
+    if run.config.evaluate.ensemble:
+        table["ensemble"] = by_domain(ensemble_evaluations(fused), domains)
+    result = {"bits_per_byte": table, "table": markdown_table(table)}
+    write_json(run.directory / "result.json", result)
+    return result
+
+
+def _models(run: Run) -> dict[str, Path]:
+    """Directories by the name in the table, in the table's order."""
+    config = run.config
+    found = {f"source:{source.name}": run.model_path(source) for source in config.sources}
+    found["target"] = run.model_path(config.target)
+    arms = (["clm"] if config.train.baseline else []) + [fusion.name for fusion in config.fusions]
+    arms += ["merged"] if config.merge else []
+    for arm in arms:
+        if not (run.model_dir(arm) / MANIFEST).is_file():
+            raise InputError(f"{run.model_dir(arm)} is not there: run `fusejax train` and `fusejax merge` first")
+        found[arm] = run.model_dir(arm)
+    return found
+
+
+def _evaluate_one(run: Run, name: str, path: Path, documents: Sequence[Document]) -> Evaluation:
+    """Scores the test split, or reads the scores of an earlier run of the same model."""
+    options = run.config.evaluate
+    ref = ModelRef(model=str(path), name="x")
+    settings = {"split": "test", "context": options.context, "tokenizer": load_tokenizer(path).fingerprint}
+    parents = {"corpus": read_manifest(run.corpus_dir).fingerprint, "model": run.fingerprint(ref)}
+    directory = run.directory / "scores" / name.replace(":", "-")
+    if not finished(directory, kind="scores", settings=settings | {"shard_size": 256}, parents=parents):
+        run.replace_stale(directory)
+        found = score_texts(
+            open_model(path),
+            load_tokenizer(path),
+            [document.text for document in documents],
+            context=options.context,
+            batch_tokens=max(options.batch_tokens, options.context),
+            label=name,
+        )
+        writer = RecordWriter(directory, kind="scores", settings=settings, parents=parents)
+        for score in found.documents[writer.resume_at :]:
+            arrays = {"realised_logprob": score.realised_logprob, "byte_ends": score.byte_ends}
+            writer.write(Record(documents[score.index].id, {"index": score.index, "n_bytes": score.n_bytes}, arrays))
+        writer.finish(facts={"nll_nats": found.nll_nats, "tokens": found.tokens, "bytes": found.n_bytes})
+    return _read_scores(directory)
+
+
+def _read_scores(directory: Path) -> Evaluation:
+    scores = tuple(
+        DocumentScore(
+            int(record.header["index"]),
+            np.asarray(record.arrays["realised_logprob"]),
+            np.asarray(record.arrays["byte_ends"]),
+            int(record.header["n_bytes"]),
+        )
+        for record in RecordReader(directory, kind="scores")
+    )
+    return Evaluation(scores, 0)
+
+
+def command(name: str, words: list[str]) -> Result:
+    """`fusejax evaluate --model DIR --data FILE`, or `fusejax evaluate CONFIG`."""
+    if words and not words[0].startswith("-"):
+        from fusejax.stages.run import command as run_command
+
+        return run_command(name, words)
+    arguments = parser(name, "Bits per byte: negative log-likelihood in bits over UTF-8 bytes, every byte counted once.")
+    arguments.add_argument("--model", required=True, help="Hugging Face directory, fusejax checkpoint, or hub name")
+    arguments.add_argument("--data", required=True, help="JSONL with {'text': ...}, parquet or folder of text")
+    arguments.add_argument("--text-field", default="text", help="field that holds the text")
+    arguments.add_argument("--context", type=int, default=2048, help="tokens per window; cut to the model's limit")
+    arguments.add_argument("--batch-tokens", type=int, default=16384, help="tokens per forward call")
+    arguments.add_argument("--limit", type=int, help="documents to read")
+    given = arguments.parse_args(words)
+    path = resolve_model(given.model)
+    texts = [d.text for d in read_documents(given.data, text_field=given.text_field, limit=given.limit)]
+    found = score_texts(
+        open_model(path),
+        load_tokenizer(path),
+        texts,
+        context=given.context,
+        batch_tokens=max(given.batch_tokens, given.context),
+        label=path.name,
+    )
+    data = {
+        "bits_per_byte": found.bits_per_byte,
+        "nll_nats": found.nll_nats,
+        "tokens": found.tokens,
+        "bytes": found.n_bytes,
+        "documents": len(found.documents),
+        "empty_documents": found.empty,
+    }
+    return Result(data, json.dumps(data, indent=2))
