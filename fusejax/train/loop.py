@@ -285,8 +285,8 @@ def _start_state(
 
 def _compile(step_fn: Any, state: TrainState, batch: FusionBatch, shardings: Any) -> tuple[Any, float, int]:
     began = time.perf_counter()
-    out = {} if shardings is None else {"out_shardings": (shardings, None)}
-    compiled = jax.jit(step_fn, donate_argnums=0, **out).lower(state, batch).compile()
+    out = None if shardings is None else (shardings, None)
+    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
     memory = compiled.memory_analysis()
     sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
     peak = sum(getattr(memory, name, 0) for name in sizes) - getattr(memory, "alias_size_in_bytes", 0)

@@ -12,7 +12,7 @@ caller decides (`fusejax.train.loop` stops). With donated buffers the state befo
 outside, so this is the only place where it can be kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from fusejax.types import FusionBatch, TrainState
 __all__ = ["LossFn", "TrainStep", "init_train_state", "make_train_step"]
 
 Metrics = dict[str, jax.Array]
+MEANS = {"clm_nats": "tokens", "fusion_nats": "supervised_tokens"}  # metric: the count it is a mean over
 LossFn = Callable[[Any, FusionBatch, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, FusionBatch], tuple[TrainState, Metrics]]
 
@@ -35,19 +36,22 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulation: int = 1) -> TrainStep:
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulation: int = 1, means: Mapping[str, str] = MEANS
+) -> TrainStep:
     """Returns `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
         loss_fn: `(params, batch, denominator) -> (loss, metrics)`: the loss is a float32 sum over the batch's
-            positions divided by `denominator` ([] float32, trained tokens of the global batch), and each metric
-            is a float32 scalar that adds up over micro-batches (a sum, or a sum over `denominator`).
+            positions divided by `denominator` ([] float32, trained tokens of the global batch); metrics are
+            float32 scalars, sums unless named in `means`.
         optimizer: an optax transformation.
         accumulation: number A of micro-batches; must divide the rows of the batch.
+        means: name of a metric that is a mean -> name of the metric that counts what it is a mean over.
 
     Returns:
-        The step. Its metrics are loss_fn's, summed, and `loss`, `grad_norm` (before clipping), `trained_tokens`,
-        `real_tokens` (all but padding), `skipped` (1 where the update was not finite and left out).
+        The step. Its metrics are loss_fn's, of the whole batch, and `loss`, `grad_norm` (before clipping),
+        `trained_tokens`, `real_tokens` (all but padding), `skipped` (1 where the update was left out: not finite).
     """
     if accumulation < 1:
         raise InputError(f"accumulation must be at least 1 micro-batch, got {accumulation}.")
@@ -59,7 +63,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
         if accumulation == 1:
             (loss, metrics), grads = value_and_grad(state.params, batch, denominator)
         else:
-            loss, metrics, grads = _accumulate(value_and_grad, state.params, batch, denominator, accumulation)
+            parts = _split(batch, accumulation)
+            loss, metrics, grads = _accumulate(value_and_grad, state.params, parts, denominator, means)
         grad_norm = _global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
@@ -73,22 +78,33 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
 
 
 def _accumulate(
-    value_and_grad: Callable[..., Any], params: Any, batch: FusionBatch, denominator: jax.Array, count: int
+    value_and_grad: Callable[..., Any],
+    params: Any,
+    parts: FusionBatch,
+    denominator: jax.Array,
+    means: Mapping[str, str],
 ) -> tuple[jax.Array, Metrics, Any]:
-    """Sums loss, metrics and float32 gradients over `count` micro-batches, holding one gradient at a time."""
-    micro = jax.tree.map(lambda x: _split_rows(x, count), batch)
+    """Sums loss, metrics and float32 gradients over micro-batches [A, B / A, ...], holding one gradient at a time."""
 
     def body(carry: Any, part: FusionBatch) -> tuple[Any, None]:
         (loss, metrics), grads = value_and_grad(params, part, denominator)
-        new = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), carry, (loss, metrics, grads))
-        return new, None
+        sums = {k: v * metrics[means[k]] if k in means else v for k, v in metrics.items()}
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), carry, (loss, sums, grads)), None
 
-    first = jax.tree.map(lambda x: x[0], micro)
+    first = jax.tree.map(lambda x: x[0], parts)
     (loss, metrics), _ = jax.eval_shape(value_and_grad, params, first, denominator)
+    uncounted = [f"{k} (over {means[k]})" for k in metrics if k in means and means[k] not in metrics]
+    if uncounted:
+        raise InputError(f"loss_fn returns means without their counts: {', '.join(uncounted)}; return these too.")
     scalars = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (loss, metrics))
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-    (loss, metrics, grads), _ = jax.lax.scan(body, (*scalars, zeros), micro)
+    (loss, sums, grads), _ = jax.lax.scan(body, (*scalars, zeros), parts)
+    metrics = {k: v / jnp.maximum(sums[means[k]], 1.0) if k in means else v for k, v in sums.items()}
     return loss, metrics, grads
+
+
+def _split(batch: FusionBatch, count: int) -> FusionBatch:
+    return jax.tree.map(lambda x: _split_rows(x, count), batch)
 
 
 def _global_norm(tree: Any) -> jax.Array:

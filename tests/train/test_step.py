@@ -76,7 +76,7 @@ def test_metrics_and_step_count():
     for batch, m in zip(data, metrics, strict=True):
         assert float(m["trained_tokens"]) == batch.mask.sum()
         assert float(m["real_tokens"]) == (batch.segment_ids > 0).sum()
-        assert float(m["skipped"]) == 0 and float(m["loss"]) == float(m["clm_nats"])
+        assert float(m["skipped"]) == 0 and float(m["loss"]) == pytest.approx(float(m["clm_nats"]))
     assert float(metrics[2]["loss"]) < float(metrics[0]["loss"])
 
 
@@ -146,6 +146,15 @@ def test_rows_that_cannot_be_cut_are_refused():
         reference(accumulation=3)
     with pytest.raises(InputError, match="accumulation"):
         make_train_step(toy_loss, optimizer(), accumulation=0)
+
+
+def test_a_mean_without_its_count_is_refused():
+    def loss_fn(*args):
+        return toy_loss(*args)[0], {"fusion_nats": jnp.float32(1)}
+
+    step = make_train_step(loss_fn, optimizer(), accumulation=2)
+    with pytest.raises(InputError, match="fusion_nats"):
+        step(init_train_state(toy_params(), optimizer()), batches(1)[0])
 
 
 def test_state_can_be_abstract():

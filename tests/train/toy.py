@@ -35,7 +35,8 @@ def toy_loss(params, batch, denominator):
     logprobs = jax.nn.log_softmax((x @ params["head"]["kernel"]).astype(jnp.float32))
     nats = -jnp.sum(jax.nn.one_hot(batch.labels, VOCAB) * logprobs, axis=-1)
     loss = jnp.sum(nats * batch.mask) / denominator
-    return loss, {"clm_nats": loss}
+    tokens = jnp.sum(batch.mask)
+    return loss, {"clm_nats": loss * denominator / jnp.maximum(tokens, 1.0), "tokens": tokens}
 
 
 def toy_records(count: int = 20, seed: int = 0) -> list[Record]:
