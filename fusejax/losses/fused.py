@@ -93,7 +93,7 @@ def _local(
 ) -> tuple:
     """One device's part: returns ((clm [b, t], kl [b, t, M]), folded [b, t], (dhidden, dhead) or None)."""
     shape = hidden.shape[:2]
-    flatten = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
+    flatten = functools.partial(jax.tree.map, lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
     restore = functools.partial(jax.tree.map, lambda x: x.reshape(*shape, *x.shape[1:]))
     options = options._replace(expand=lambda chunk: _expand(chunk, groups, max_members))
     flat, rows, masks, weights = flatten((hidden, rows, masks, weights))

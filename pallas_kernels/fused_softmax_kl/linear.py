@@ -157,7 +157,10 @@ def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool)
     # The scalar zero gives the carry the axes over which the tokens vary inside a shard_map.
     start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.weights[0], shape=()) if gradients else None
     dhead, ((clm, kl), dhidden) = lax.scan(body, start, chunks)
-    join = lambda x: x.reshape(-1, *x.shape[2:])[:tokens]  # noqa: E731
+
+    def join(x: Array) -> Array:
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:tokens]
+
     return losses.TokenLosses(join(clm), join(kl)), None if dhidden is None else join(dhidden), dhead
 
 
