@@ -2,6 +2,7 @@
 
 __all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare"]
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -93,9 +94,9 @@ def _read(sources: Iterable[TextSource]) -> list[Document]:
             text_field=source.text_field,
             split=source.split,
             limit=source.limit,
-            domain=source.domain,
         )
-        found += list(documents)
+        # Ids are unique within a source; the domain makes them so within the corpus.
+        found += [dataclasses.replace(d, id=f"{source.domain}/{d.id}", domain=source.domain) for d in documents]
     return found
 
 
