@@ -4,7 +4,7 @@ from fusejax.alignment.document import AlignedDocument, align_document
 from fusejax.alignment.positions import align_positions
 from fusejax.alignment.report import DocumentReport, report_document, summary
 from fusejax.alignment.transport import transport
-from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_groups, exact_map
+from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_groups, exact_map, padded_map
 
 __all__ = [
     "AlignedDocument",
@@ -15,6 +15,7 @@ __all__ = [
     "coarse_map",
     "event_groups",
     "exact_map",
+    "padded_map",
     "report_document",
     "summary",
     "transport",

@@ -27,7 +27,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, EventGroups, VocabMap
 
-__all__ = ["ByteVocabulary", "coarse_map", "event_groups", "exact_map"]
+__all__ = ["ByteVocabulary", "coarse_map", "event_groups", "exact_map", "padded_map"]
 
 ROLES = ("eos", "bos", "pad", "unk")
 
@@ -87,6 +87,26 @@ def coarse_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
     start = _compose(target_of_source, source_of_source)
     start[_blank_run(source_bytes)] = blank
     return _pair_roles(VocabMap(_compose(symbol_of_target, start), symbol_of_target), source, target)
+
+
+def padded_map(vocab_map: VocabMap, *, source_size: int, target_size: int) -> VocabMap:
+    """Extends a map to models whose vocabularies are padded; padded ids have no symbol.
+
+    Args:
+      vocab_map: `symbol_of_source [V_s]`, `symbol_of_target [V]`.
+      source_size: rows of the source model's head, at least V_s.
+      target_size: rows of the target model's head, at least V.
+
+    Returns:
+      VocabMap of [source_size] and [target_size].
+    """
+    sizes = (source_size - len(vocab_map.symbol_of_source), target_size - len(vocab_map.symbol_of_target))
+    if min(sizes) < 0:
+        raise InputError(f"the models have {-min(sizes)} rows less than their tokenizers have ids.")
+    source, target = (
+        np.concatenate([ids, np.full(extra, -1, np.int32)]) for ids, extra in zip(vocab_map, sizes, strict=True)
+    )
+    return VocabMap(source, target)
 
 
 def event_groups(symbol_of_target: Array) -> EventGroups:

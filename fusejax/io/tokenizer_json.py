@@ -13,7 +13,16 @@ import xxhash
 
 from fusejax.alignment.surface import byte_level_bytes, sentencepiece_bytes, wordpiece_bytes
 
-__all__ = ["Spelling", "continuation_json", "encoder_json", "fingerprint", "piece_bytes", "pieces", "spelling"]
+__all__ = [
+    "Spelling",
+    "continuation_json",
+    "encoder_json",
+    "fingerprint",
+    "piece_bytes",
+    "pieces",
+    "rewrites_text",
+    "spelling",
+]
 
 Json = dict[str, Any]
 LISTS = ("normalizers", "pretokenizers", "decoders", "processors")
@@ -59,6 +68,13 @@ def piece_bytes(piece: str, style: Spelling) -> bytes:
         return wordpiece_bytes(piece, prefix=style.prefix)
     surface = sentencepiece_bytes(piece, space=style.space, byte_fallback=style.byte_fallback)
     return surface.removesuffix(style.suffix.encode()) if style.suffix else surface
+
+
+def rewrites_text(spec: Json) -> bool:
+    """Returns whether the normaliser changes ordinary text, so that most documents need offsets."""
+    harmless = {"Prepend", "Replace", "NFC", "ByteLevel"}
+    normalisers = {part["type"] for part in _components(spec.get("normalizer"))}
+    return spec["model"].get("type") == "WordPiece" or not normalisers <= harmless
 
 
 def encoder_json(spec: Json) -> Json:

@@ -71,6 +71,8 @@ class Tokenizer:
         self.fingerprint = tokenizer_json.fingerprint(self._spec)
         self._encoder = _build(tokenizer_json.encoder_json(self._spec), directory)
         added = {token["content"]: token for token in self._spec.get("added_tokens") or []}
+        for index, token in (config.get("added_tokens_decoder") or {}).items():
+            added.setdefault(token["content"], {**token, "id": int(index)})
         ids = {**tokenizer_json.pieces(self._spec), **{content: token["id"] for content, token in added.items()}}
         self.special_roles = _roles(self._spec, config, ids)
         self.vocab_size = max(ids.values(), default=-1) + 1
@@ -81,6 +83,7 @@ class Tokenizer:
             if index not in special:
                 plain = piece in added
                 self.token_bytes[index] = piece.encode() if plain else tokenizer_json.piece_bytes(piece, self.style)
+        self._rewrites = tokenizer_json.rewrites_text(self._spec)
         self._joinable = [surface or b"" for surface in self.token_bytes]
         self._lengths = token_lengths(self.token_bytes)
 
@@ -127,12 +130,12 @@ class Tokenizer:
         Raises:
           InputError: a text with a lone surrogate, which has no UTF-8 form.
         """
-        raw = [_utf8(text, index) for index, text in enumerate(texts)]
-        documents = []
+        documents: list[EncodedDocument] = []
         for begin in range(0, len(texts), BATCH):
-            encodings = self._encoder.encode_batch_fast(list(texts[begin : begin + BATCH]), add_special_tokens=False)
-            for index, encoding in enumerate(encodings, begin):
-                documents.append(self._document(texts[index], raw[index], encoding.ids, start, end))
+            batch = list(texts[begin : begin + BATCH])
+            raw = [_utf8(text, index) for index, text in enumerate(batch, begin)]
+            pairs = zip(*self._ids_and_ends(batch, raw), raw, strict=True)
+            documents += [self._document(ids, *ends, len(bytes_), start, end) for ids, ends, bytes_ in pairs]
         return documents
 
     def encode_continuation(self, fragments: Sequence[bytes], /) -> list[list[int]]:
@@ -175,20 +178,34 @@ class Tokenizer:
         if not (directory / "tokenizer.json").exists():
             (directory / "tokenizer.json").write_text(json.dumps(self._spec, ensure_ascii=False), encoding="utf-8")
 
-    def _document(self, text: str, raw: bytes, ids: list[int], start: bool, end: bool) -> EncodedDocument:
-        row = np.asarray(ids, np.int32)
-        ends = joined_ends(row, self._lengths, b"".join([self._joinable[index] for index in ids]), raw)
-        exact = ends is not None
-        if ends is None:
-            offsets = self._encoder.encode(text, add_special_tokens=False).offsets
-            blank = bool(ids) and self._joinable[ids[0]] == b" " and not text[:1].isspace()
-            ends = offset_ends(text, offsets, dummy_first=blank)
+    def _ids_and_ends(self, texts: list[str], raw: list[bytes]) -> tuple[list[Array], list[tuple[Array, bool]]]:
+        """Ids and byte ends (with their exactness) of texts; offsets are asked for only where they are needed."""
+        encode = self._encoder.encode_batch if self._rewrites else self._encoder.encode_batch_fast
+        encodings = encode(texts, add_special_tokens=False)
+        rows, ends = [], []
+        for encoding, bytes_ in zip(encodings, raw, strict=True):
+            ids = encoding.ids
+            rows.append(np.asarray(ids, np.int32))
+            ends.append(joined_ends(rows[-1], self._lengths, b"".join([self._joinable[i] for i in ids]), bytes_))
+        inexact = [index for index, found in enumerate(ends) if found is None]
+        if self._rewrites:
+            reported = [encodings[index] for index in inexact]
+        else:
+            reported = self._encoder.encode_batch([texts[index] for index in inexact], add_special_tokens=False)
+        for index, encoding in zip(inexact, reported, strict=True):
+            text, first = texts[index], rows[index][:1]
+            blank = first.size > 0 and self._joinable[first[0]] == b" " and not text[:1].isspace()
+            ends[index] = offset_ends(text, encoding.offsets, dummy_first=blank)
+        failed = set(inexact)
+        return rows, [(found, index not in failed) for index, found in enumerate(ends)]
+
+    def _document(self, ids: Array, ends: Array, exact: bool, n_bytes: int, start: bool, end: bool) -> EncodedDocument:
         head = [self.start_id] if start and self.start_id is not None else []
         tail = [self.eos_id] if end and self.eos_id is not None else []
-        whole = np.concatenate([np.asarray(head, np.int32), row, np.asarray(tail, np.int32)])
-        unread = 0 if ids else len(raw)  # a text of which nothing is left is read by the start token
+        whole = np.concatenate([np.asarray(head, np.int32), ids, np.asarray(tail, np.int32)])
+        unread = 0 if ids.size else n_bytes  # a text of which nothing is left is read by the start token
         ends = np.concatenate([np.full(len(head), unread, np.int32), ends])
-        return EncodedDocument(whole[:-1], whole[1:], ends[: max(whole.size - 1, 0)], len(raw), exact)
+        return EncodedDocument(whole[:-1], whole[1:], ends[: max(whole.size - 1, 0)], n_bytes, exact)
 
     @functools.cached_property
     def _continuation(self) -> tokenizers.Tokenizer:
@@ -260,7 +277,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if (directory / name).is_file():
             read = _read_json(directory / name)
             config.update({key: value for key, value in read.items() if value is not None})
-    return Tokenizer(spec, config, directory=directory)
+    try:
+        return Tokenizer(spec, config, directory=directory)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} or tokenizer_config.json beside it does not have the layout of a fast tokenizer: "
+            f"{type(error).__name__} {error}. Fetch the files again."
+        ) from error
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, name: str) -> int:

@@ -6,7 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from fusejax.alignment import align_positions, coarse_map, event_groups, exact_map, report_document, summary
+from fusejax.alignment import (
+    align_positions,
+    coarse_map,
+    event_groups,
+    exact_map,
+    padded_map,
+    report_document,
+    summary,
+)
 from fusejax.errors import InputError
 from fusejax.io.tokenizers import load_tokenizer
 from tests.alignment.tiny_tokenizers import LOSSLESS, TEXT, tiny_tokenizer
@@ -94,6 +102,19 @@ def test_runs_of_blanks_are_one_symbol():
     runs = [index for index, b in enumerate(source.token_bytes) if b and (b.startswith(b"  ") or b == b" ")]
     assert len(runs) > 1
     assert {target.token_bytes[symbol] for symbol in of_source[runs]} == {b" "}
+
+
+def test_padded_rows_have_no_symbol():
+    found = coarse_map(tiny_tokenizer("byte_level"), tiny_tokenizer("spm_bpe"))
+    sizes = [len(ids) for ids in found]
+    padded = padded_map(found, source_size=sizes[0] + 3, target_size=sizes[1] + 5)
+    assert [len(ids) for ids in padded] == [sizes[0] + 3, sizes[1] + 5]
+    for before, after in zip(found, padded, strict=True):
+        np.testing.assert_array_equal(after[: len(before)], before)
+        assert (after[len(before) :] == -1).all() and after.dtype == np.int32
+    assert len(event_groups(padded.symbol_of_target).members) == sizes[1] + 5
+    with pytest.raises(InputError, match="1 rows less"):
+        padded_map(found, source_size=sizes[0] - 1, target_size=sizes[1])
 
 
 def test_event_groups_list_every_member_once():

@@ -175,6 +175,16 @@ def test_fingerprint_ignores_layout_and_sees_content(tmp_path):
     assert load_tokenizer(tmp_path).fingerprint != tiny_tokenizer("spm_bpe").fingerprint
 
 
+def test_special_tokens_declared_only_in_the_config(tmp_path):
+    shutil.copyfile(tiny_directory("spm_bpe") / "tokenizer.json", tmp_path / "tokenizer.json")
+    size = tiny_tokenizer("spm_bpe").vocab_size
+    config = {"eos_token": "<end>", "added_tokens_decoder": {str(size): {"content": "<end>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == size and tokenizer.vocab_size == size + 1 and tokenizer.token_bytes[size] is None
+    assert tokenizer.encode("the").labels[-1] == size
+
+
 def test_check_vocabulary():
     tokenizer = tiny_tokenizer("spm_bpe")
     assert check_vocabulary(tokenizer, tokenizer.vocab_size + 24, "target") == 24
@@ -199,6 +209,9 @@ def test_bad_input_names_the_file(tmp_path):
         load_tokenizer(tmp_path)
     broken.write_text('{"model": {"type": "Nonsense", "vocab": {"a": 0}}}')
     with pytest.raises(InputError, match="is not a tokenizer"):
+        load_tokenizer(tmp_path)
+    broken.write_text('{"model": {"type": "Unigram", "vocab": [1, 2]}}')
+    with pytest.raises(InputError, match="layout of a fast tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match=r"text 1 .* surrogate at character 2"):
         tiny_tokenizer("spm_bpe").encode_batch(["fine", "ab\ud800"])
