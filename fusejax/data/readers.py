@@ -203,7 +203,7 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[_Row]:
     except Exception as error:
         raise InputError(f"{path} is not a readable saved dataset: {error}") from error
     if isinstance(data, dict):
-        data = data[_choose_split(str(path), list(data), split)]
+        data = data[_choose_split(str(path), [str(name) for name in data], split)]
     return _dataset_rows(data, str(path))
 
 
@@ -225,7 +225,7 @@ def _hub_rows(name: str, split: str | None) -> Iterator[_Row]:
             "For a file: check the path. For a hub dataset: check the name, the network and HF_HUB_OFFLINE, or "
             "download it where there is a network and give the directory"
         ) from error
-    return _dataset_rows(data[_choose_split(name, list(data), split)], name)
+    return _dataset_rows(data[_choose_split(name, [str(key) for key in data], split)], name)
 
 
 def _choose_split(name: str, available: list[str], split: str | None) -> str:

@@ -282,5 +282,8 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
     (directory / "tokenizer.model").unlink(missing_ok=True)  # of another kind, trained here before
     for name, data in files.items():
         temporary = directory / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, directory / name)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ _SKIPPED_DIRECTORIES = frozenset(
         "encodings lib2to3 turtledemo ensurepip node_modules fusejax pallas_kernels",
     )
 )
-_SKIPPED_FILES = ("_sysconfigdata", "pydoc_topics", "topics.py", "direct_url.json", "entry_points")
+_SKIPPED_FILES = ("_sysconfigdata", "pydoc_topics", "topics.py", "direct_url.json", "entry_points", "CMakeLists")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
