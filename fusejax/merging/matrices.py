@@ -11,8 +11,9 @@ Leaves that are not floating point must be equal in all trees and are copied.
 
 import contextlib
 import functools
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,9 +41,9 @@ def named_leaves(tree: Any) -> dict[str, Array]:
 
 def apply_to_leaf(
     functions: tuple[Callable[..., Array], ...], stacked: bool, base: Array | None, targets: Sequence[Array],
-    values: dict[str, Any],
+    values: Mapping[str, Any], per_matrix: Mapping[str, Array] | None = None,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """Calls functions `(base, targets [J, ...], **values)` on a leaf, per layer where it is stacked.
+    """Calls functions `(base, targets [J, ...], **values, **per_matrix)` on a leaf, per layer where it is stacked.
 
     Args:
       functions: each returns an array per matrix; they share one compiled program.
@@ -51,40 +52,40 @@ def apply_to_leaf(
       targets: J arrays like base. If everything is numpy the results are numpy.
       values: parameters; arrays are traced, everything else is part of the program. A jax array among them
         or among the leaves gives jax results.
+      per_matrix: arrays of which a stacked leaf has one per layer, [L, ...].
 
     Returns:
       For each function its result, [...] or [L, ...], in float32 (float64 for float64 leaves).
     """
     static = tuple((name, value) for name, value in values.items() if not hasattr(value, "shape"))
     traced = {name: value for name, value in values.items() if hasattr(value, "shape")}
-    targets = tuple(targets)
-    arrays = (*targets, *traced.values(), *(() if base is None else (base,)))
-    if any(isinstance(array, jax.Array) for array in arrays):
-        return _on_device(functions, static, stacked, base, targets, traced)
+    leaves = (base, tuple(targets), dict(per_matrix or {}))
+    if any(isinstance(array, jax.Array) for array in jax.tree.leaves((leaves, traced))):
+        return _on_device(functions, static, stacked, *leaves, traced)
     wide = targets[0].dtype == np.float64
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         if not stacked:
-            return tuple(np.asarray(x) for x in _on_device(functions, static, False, base, targets, traced))
-        layers = []
-        for i in range(len(targets[0])):
-            origin = None if base is None else base[i]
-            layers.append(_on_device(functions, static, False, origin, tuple(leaf[i] for leaf in targets), traced))
+            return tuple(np.asarray(x) for x in _on_device(functions, static, False, *leaves, traced))
+        layers = [
+            _on_device(functions, static, False, *jax.tree.map(operator.itemgetter(i), leaves), traced)
+            for i in range(len(targets[0]))
+        ]
         return tuple(np.stack([np.asarray(x) for x in results]) for results in zip(*layers, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _on_device(functions, static, stacked, base, targets, traced):
+def _on_device(functions, static, stacked, base, targets, per_matrix, traced):
     dtype = jnp.promote_types(targets[0].dtype, jnp.float32)
     targets = jnp.stack([leaf.astype(dtype) for leaf in targets])
     base = None if base is None else base.astype(dtype)
-    traced = jax.tree.map(lambda value: jnp.asarray(value, dtype), traced)
+    per_matrix, traced = jax.tree.map(lambda value: jnp.asarray(value, dtype), (per_matrix, traced))
 
-    def on_matrix(base, targets):
-        return tuple(function(base, targets, **dict(static), **traced) for function in functions)
+    def on_matrix(base, targets, per_matrix):
+        return tuple(function(base, targets, **dict(static), **traced, **per_matrix) for function in functions)
 
     if stacked:
-        on_matrix = jax.vmap(on_matrix, in_axes=(None if base is None else 0, 1))
-    return on_matrix(base, targets)
+        on_matrix = jax.vmap(on_matrix, in_axes=(None if base is None else 0, 1, 0))
+    return on_matrix(base, targets, per_matrix)
 
 
 def check_trees(base: Any, targets: Sequence[Any]) -> None:

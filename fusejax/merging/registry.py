@@ -17,6 +17,9 @@ import numpy as np
 from fusejax.errors import InputError, nearest
 from fusejax.merging.average import linear, linear_coefficients
 from fusejax.merging.sce import SCE_VARIANTS, sce, sce_coefficients
+from fusejax.merging.spherical import slerp
+from fusejax.merging.task_vectors import task_arithmetic, ties
+from fusejax.merging.varm import GRANULARITIES, varm, varm_coefficients, varm_energy, varm_unit
 from fusejax.types import Array
 
 __all__ = ["MERGE_METHODS", "MergeMethod", "Parameter", "resolve"]
@@ -27,8 +30,8 @@ class Parameter:
     """One parameter of a method: its default, what it may be, and what it means.
 
     A `str` has `choices`; a `bool` is known by its default; anything else is a number in [low, high]. With
-    `per_target` it is one number per target (one number stands for all). With `traced` it may be a jax array,
-    also one that is being differentiated; other parameters shape the program and are Python values.
+    `per_target` it is one number per target (one number stands for all). With `traced` it is an array, also one of
+    jax that is being differentiated; other parameters shape the program and are Python values.
     """
 
     description: str
@@ -52,10 +55,15 @@ class MergeMethod:
     min_targets: int = 1
     max_targets: int | None = None
     coefficients: Callable[..., Array] | None = None  # same arguments -> [J], one factor per target
+    # Methods that weigh units wider than a matrix: `unit(path, **choices)` names the leaf's unit and says whether
+    # stacked layers are units of their own (None: the matrix); `energy` is summed over it, [J], and passed back.
+    unit: Callable[..., tuple[str, bool] | None] | None = None
+    energy: Callable[..., Array] | None = None
     nonzero_sum: tuple[str, str] | None = None  # (weights, switch): weights must not sum to 0 if the switch is on
 
 
 _WEIGHTS = Parameter("weight of every target", 1.0, per_target=True, traced=True)
+_SCALE = Parameter("factor of the merged task vector (lambda)", 1.0, traced=True)
 
 MERGE_METHODS: Mapping[str, MergeMethod] = {
     "linear": MergeMethod(
@@ -80,6 +88,47 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         description="select by variance, weigh by squared change, erase the minority direction",
         paper="https://arxiv.org/abs/2408.07990",
     ),
+    "varm": MergeMethod(
+        function=varm,
+        coefficients=varm_coefficients,
+        unit=varm_unit,
+        energy=varm_energy,
+        parameters={"granularity": Parameter("unit that gets one weight", "matrix", choices=GRANULARITIES)},
+        description="average weighted by squared change from the pivot",
+        paper="https://arxiv.org/abs/2402.16107",
+    ),
+    "task_arithmetic": MergeMethod(
+        function=task_arithmetic,
+        parameters={
+            "weights": _WEIGHTS,
+            "normalize": Parameter("divide by the sum of the weights", False),
+            "scale": _SCALE,
+        },
+        description="sum of task vectors",
+        paper="https://arxiv.org/abs/2212.04089",
+        nonzero_sum=("weights", "normalize"),
+    ),
+    "ties": MergeMethod(
+        function=ties,
+        parameters={
+            "weights": _WEIGHTS,
+            "density": Parameter("share of each task vector that is kept", 1.0, low=0.0, high=1.0, per_target=True),
+            "normalize": Parameter("divide by the weights of the kept elements", True),
+            "rescale": Parameter("keep the L1 norm of each trimmed task vector", False),
+            "scale": _SCALE,
+        },
+        description="trimmed task vectors, merged where they agree with the elected sign",
+        paper="https://arxiv.org/abs/2306.01708",
+        nonzero_sum=("weights", "normalize"),
+    ),
+    "slerp": MergeMethod(
+        function=slerp,
+        parameters={"t": Parameter("0 is the start, 1 the end", 0.5, low=0.0, high=1.0, traced=True)},
+        description="arc from the first target (or the base, if there is one target) to the last",
+        paper="https://doi.org/10.1145/325334.325242",
+        needs_base=False,
+        max_targets=2,
+    ),
 }
 
 
@@ -93,7 +142,7 @@ def resolve(method: str, params: Mapping[str, Any], count: int, has_base: bool) 
       has_base: whether base params are given.
 
     Returns:
-      The method, and every parameter: per-target ones as [count] float arrays.
+      The method, and every parameter: traced ones as arrays, [count] if per target.
 
     Raises:
       InputError: unknown method or parameter (the nearest is named), a value of the wrong kind or out of
@@ -145,9 +194,9 @@ def _value(label: str, parameter: Parameter, value: Any, count: int) -> Any:
             raise InputError(f"{label} must be true or false, got {value!r}.")
         return bool(value)
     array = _number(label, parameter, value, count)
-    if parameter.per_target or isinstance(value, jax.Array):
+    if parameter.traced:
         return array
-    return float(array)
+    return tuple(array.tolist()) if parameter.per_target else float(array)
 
 
 def _number(label: str, parameter: Parameter, value: Any, count: int) -> Array:

@@ -42,10 +42,14 @@ def merge_trees(base: Any, targets: Sequence[Any], *, method: str, coefficients:
     base_leaves = None if base is None else named_leaves(base)
     target_leaves = [named_leaves(tree) for tree in targets]
     reference = target_leaves[0] if base_leaves is None else base_leaves
+    leaves = {
+        path: (None if base_leaves is None else base_leaves[path], [tree[path] for tree in target_leaves])
+        for path in reference
+    }
+    energies = _unit_energies(leaves, spec, values)
     merged, factors = {}, {}
-    for path in reference:
-        leaf = None if base_leaves is None else base_leaves[path]
-        merged[path], factor = _merge(path, leaf, [tree[path] for tree in target_leaves], spec, values, coefficients)
+    for path, (origin, changed) in leaves.items():
+        merged[path], factor = _merge(path, origin, changed, spec, values, coefficients, energies.get(path))
         if factor is not None:
             factors[path] = factor
     tree = jax.tree.unflatten(jax.tree.structure(targets[0] if base is None else base), merged.values())
@@ -76,22 +80,50 @@ def merge_leaf(
     spec, values = resolve(method, params, len(targets), base is not None)
     _check_coefficients(method, spec, coefficients)
     check_leaves(path, base, targets)
+    if spec.unit and spec.unit(path, **values):
+        raise InputError(f"{method} with {dict(params)} weighs units wider than one matrix; use merge_trees.")
     result = _merge(path, base, targets, spec, values, coefficients)
     return result if coefficients else result[0]
 
 
 def _merge(
     path: str, base: Array | None, targets: Sequence[Array], spec: MergeMethod, values: dict[str, Any],
-    coefficients: bool,
+    coefficients: bool, energy: Array | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """Merges one checked leaf; the coefficients are None unless asked for."""
     first = targets[0]
     if not jnp.issubdtype(first.dtype, jnp.floating):
         return first, None
     functions = (spec.function,) + ((spec.coefficients,) if coefficients and spec.coefficients else ())
-    merged, *factors = apply_to_leaf(functions, is_stacked(path), base, targets, values)
+    per_matrix = {} if energy is None else {"energy": energy}
+    merged, *factors = apply_to_leaf(functions, is_stacked(path), base, targets, values, per_matrix)
     _check_overflow(path, merged, first.dtype)
     return merged.astype(first.dtype), factors[0] if factors else None
+
+
+def _unit_energies(
+    leaves: Mapping[str, tuple[Array | None, list[Array]]], spec: MergeMethod, values: dict[str, Any]
+) -> dict[str, Array]:
+    """Sums the energy of units wider than a matrix; returns it for every leaf of one, [J] or [L, J]."""
+    units: dict[str, tuple[str, bool]] = {}
+    sums: dict[str, Array] = {}
+    if spec.unit is None or spec.energy is None:
+        return {}
+    for path, (base, targets) in leaves.items():
+        unit = spec.unit(path, **values)
+        if unit is None or not jnp.issubdtype(targets[0].dtype, jnp.floating):
+            continue
+        (energy,) = apply_to_leaf((spec.energy,), is_stacked(path), base, targets, values)
+        name, by_layer = units[path] = unit
+        if is_stacked(path) and not by_layer:
+            energy = energy.sum(axis=0)
+        sums[name] = sums[name] + energy if name in sums else energy
+    shared = {path: sums[name] for path, (name, _) in units.items()}
+    for path, energy in shared.items():
+        if is_stacked(path) and energy.ndim == 1:  # one weight for all layers
+            layers = leaves[path][1][0].shape[0]
+            shared[path] = (jnp if isinstance(energy, jax.Array) else np).broadcast_to(energy, (layers, *energy.shape))
+    return shared
 
 
 def _target_list(targets: Any) -> list[Any]:

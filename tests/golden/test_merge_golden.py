@@ -22,8 +22,9 @@ from tests.paths import GOLDEN
 
 ROOT = GOLDEN / "merge"
 pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason=f"golden merges are not at {ROOT}")
-METHODS = ("linear", "sce")
-LATER = {"vocab_union_linear__f32"}  # merges tokenizers, which is the recipe reader's work
+METHODS = ("linear", "sce", "slerp", "task_arithmetic", "ties")
+RENAMED = {"weight": "weights", "lambda": "scale"}
+LATER = {"vocab_union_linear__f32", "vocab_base_ta__f32"}  # merge tokenizers: the recipe reader's work
 
 
 def mergekit_cases() -> list[str]:
@@ -68,13 +69,16 @@ def tensor_settings(config: dict, name: str) -> tuple[list[np.ndarray], dict]:
     else:
         sources, count = config["models"], 3
     position = 0.0 if layer is None else layer / (count - 1)
-    tensors, params = [], dict(config.get("parameters", {}))
+    tensors, params = (
+        [],
+        {RENAMED.get(k, k): at_layer(v, position, name) for k, v in config.get("parameters", {}).items()},
+    )
     for source in sources:
         first = source.get("layer_range", [0])[0]
         source_name = name if layer is None else name.replace(f".{layer}.", f".{layer + first}.")
         tensors.append(load(source["model"])[source_name])
-        if "weight" in source.get("parameters", {}):
-            params.setdefault("weights", []).append(at_layer(source["parameters"]["weight"], position, name))
+        for key, value in source.get("parameters", {}).items():
+            params.setdefault(RENAMED.get(key, key), []).append(at_layer(value, position, name))
     return tensors, params
 
 
@@ -82,25 +86,26 @@ def disagreement(case: str, expected, actual, exact) -> np.ndarray:
     """Which elements of one tensor are outside the tolerance of the case's class."""
     suffix = case.rsplit("__", 1)[1]
     mine, theirs = (np.abs(x.astype(np.float64) - exact) for x in (actual, expected))
-    if suffix == "bf16":
+    upcast = case.startswith(("linear", "slerp"))  # these two compute in float32 whatever the dtype
+    if suffix == "bf16" and not upcast:
         assert mine.max() <= theirs.max() + 1e-12 and mine.mean() <= theirs.mean() + 1e-12
         return np.zeros(exact.shape, bool)
     allowed = 1e-6 * np.abs(exact).max()
-    if suffix == "mix":
+    if suffix != "f32":
         allowed = np.maximum(oracle.bf16_step(exact), allowed)
     return np.abs(actual.astype(np.float64) - expected.astype(np.float64)) > allowed
 
 
 def tie_share(case: str) -> float:
     """Which share of a model's elements may differ because ties at the threshold fall differently."""
-    if re.search(r"sce_top0\.[53]__mix", case):
+    if re.search(r"(sce_top0\.[53]|ties)__mix", case):
         return 0.01
-    return 0.10 if "edge_sce_top0.4" in case else 0.0
+    return 0.10 if re.search(r"edge_(sce_top0\.4|ties)", case) else 0.0
 
 
-def assert_only_ties(off, base, tensors, expected, actual, select_topk: float) -> None:
+def assert_only_ties(off, base, tensors, expected, actual, params: dict) -> None:
     """Differences lie within the tie at the threshold, and as many elements are kept."""
-    tied = oracle.at_threshold(base, tensors, select_topk)
+    tied = oracle.at_threshold(base, tensors, **params)
     assert not (off & ~tied).any()
     if expected.dtype == np.float32:
         assert ((expected != base) & tied).sum() == ((actual != base) & tied).sum()
@@ -124,7 +129,7 @@ def test_mergekit(case):
         assert actual.dtype == tensors[0].dtype == expected.dtype
         off = disagreement(case, expected, actual, exact)
         if off.any() and tie_share(case):
-            assert_only_ties(off, origin, tensors, expected, actual, params["select_topk"])
+            assert_only_ties(off, origin, tensors, expected, actual, params)
         wrong, total = wrong + off.sum(), total + off.size
     assert wrong <= tie_share(case) * total
 
@@ -150,6 +155,24 @@ def test_exact_result_is_rounded_once():
             assert actual.dtype == ml_dtypes.bfloat16
             # Half a step, and what float32 adds to a value half-way between two.
             assert (np.abs(actual.astype(np.float64) - exact) <= 0.505 * oracle.bf16_step(exact)).all(), name
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in ROOT.glob("cases/varm_paper/*")))
+def test_varm(case):
+    config = json.loads((ROOT / "cases/varm_paper" / case / "config.json").read_text())
+    base, targets = load(config["base"]), [load(path) for path in config["models"]]
+    options = {"method": "varm", "granularity": config["granularity"]}
+    merged, factors = merge_trees(base, targets, coefficients=True, **options)
+    stored = load(f"cases/varm_paper/{case}")
+    assert set(stored) == set(merged)
+    for name, expected in stored.items():
+        (weights,) = [w for unit, w in config["weights"].items() if f"{name}.".startswith(f"{unit}.") or unit == "*"]
+        np.testing.assert_allclose(factors[name], weights, rtol=1e-5, atol=1e-7, err_msg=name)
+        exact = oracle.varm(base[name], [t[name] for t in targets], weights=weights)
+        allowed = 1e-6 * np.abs(exact).max()
+        if expected.dtype == ml_dtypes.bfloat16:
+            allowed = np.maximum(oracle.bf16_step(exact), allowed)
+        assert (np.abs(merged[name].astype(np.float64) - expected.astype(np.float64)) <= allowed).all(), name
 
 
 def test_every_stored_case_is_known():

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["ORACLES", "at_threshold", "bf16_step", "linear", "sce", "sce_weights", "select"]
+__all__ = ["ORACLES", "at_threshold", "bf16_step", "linear", "sce", "sce_weights", "select", "varm"]
 
 
 def bf16_step(values: np.ndarray) -> np.ndarray:
@@ -38,12 +38,22 @@ def _variance(deltas):
     return sum(pairs, start=np.zeros(deltas[0].shape)) / len(deltas) ** 2
 
 
-def at_threshold(base, targets, select_topk):
-    """Which elements have the variance of the last selected one, up to float32 rounding."""
-    variance = _variance(_stack(targets) - np.asarray(base).astype(np.float64))
-    count = math.floor(Fraction(str(select_topk)) * int((variance != 0).sum()))
-    threshold = np.sort(variance.ravel())[-max(count, 1)]
-    return np.abs(variance - threshold) <= 1e-6 * threshold
+def _near_threshold(values, count):
+    threshold = np.sort(values.ravel())[-max(count, 1)]
+    return np.abs(values - threshold) <= 1e-6 * threshold
+
+
+def at_threshold(base, targets, *, select_topk=None, density=None, weights=None, **_):
+    """Which elements equal the last selected one, or have votes that cancel, up to float32 rounding."""
+    deltas = _stack(targets) - np.asarray(base).astype(np.float64)
+    if density is not None:
+        pairs = zip(deltas, density, strict=True)
+        tied = [_near_threshold(np.abs(d), math.floor(Fraction(str(s)) * d.size)) for d, s in pairs]
+        kept = np.stack([trim(d, s, False) for d, s in zip(deltas, density, strict=True)])
+        votes = kept * np.reshape(weights, (-1,) + (1,) * np.ndim(base))
+        return np.any(tied, axis=0) | (np.abs(votes.sum(0)) <= 1e-6 * np.abs(votes).sum(0))
+    variance = _variance(deltas)
+    return _near_threshold(variance, math.floor(Fraction(str(select_topk)) * int((variance != 0).sum())))
 
 
 def _masked(base, targets, select_topk):
@@ -80,4 +90,44 @@ def sce(base, targets, *, select_topk=1.0, variant="fuseai"):
     return base + merged / (np.where(norm == 0, 1, norm) if variant == "fuseai" else np.maximum(norm, 1e-6))
 
 
-ORACLES = {"linear": linear, "sce": sce}
+def _f64(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def task_arithmetic(base, targets, *, weights, normalize=False, scale=1.0):
+    total = np.tensordot(np.asarray(weights, np.float64), _stack(targets) - _f64(base), axes=1)
+    return _f64(base) + scale * total / (np.sum(weights) if normalize else 1)
+
+
+def trim(delta, density, rescale):
+    kept = delta * select(np.abs(delta), max(1, math.floor(Fraction(str(density)) * delta.size)))
+    norm = np.abs(kept).sum()
+    return kept * np.abs(delta).sum() / norm if rescale and norm else kept
+
+
+def ties(base, targets, *, weights, density, normalize=True, rescale=False, scale=1.0):
+    weights = np.asarray(weights, np.float64).reshape((-1,) + (1,) * np.ndim(base))
+    deltas = [trim(x - _f64(base), d, rescale) for x, d in zip(_stack(targets), density, strict=True)]
+    deltas = np.stack(deltas) * weights
+    agree = np.sign(deltas) == np.where(deltas.sum(0) >= 0, 1, -1)
+    norm = (weights * agree).sum(0)
+    return _f64(base) + scale * (deltas * agree).sum(0) / (np.where(norm == 0, 1, norm) if normalize else 1)
+
+
+def slerp(base, targets, *, t):
+    start, end = _stack(targets) if len(targets) == 2 else _stack([base, *targets])
+    norms = np.linalg.norm(start.ravel()) * np.linalg.norm(end.ravel())
+    cosine = (start * end).sum() / norms if norms else 0.0
+    if abs(cosine) > 0.9995:
+        return (1 - t) * start + t * end
+    angle = np.arccos(cosine)
+    return (np.sin((1 - t) * angle) * start + np.sin(t * angle) * end) / np.sin(angle)
+
+
+def varm(base, targets, *, weights):
+    """Equation 7 with known weights."""
+    del base
+    return np.tensordot(np.asarray(weights, np.float64), _stack(targets), axes=1)
+
+
+ORACLES = {"linear": linear, "sce": sce, "slerp": slerp, "task_arithmetic": task_arithmetic, "ties": ties}
