@@ -80,7 +80,6 @@ def coarse_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
     source_of_target = _first_tokens(source, target_bytes)  # first_S(bytes of v)     [V]
     source_of_source = _first_tokens(source, source_bytes)  # first_S(bytes of u)     [V_s]
     blank = _first_tokens(target, [b" "])[0]
-    target_of_source[_blank_run(source_bytes)] = blank
     step = _compose(target_of_source, source_of_target)
     step[_blank_run(target_bytes)] = blank
     symbol_of_target = _fixed_point(step)

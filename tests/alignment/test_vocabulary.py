@@ -17,6 +17,7 @@ from fusejax.alignment import (
 )
 from fusejax.errors import InputError
 from fusejax.io.tokenizers import load_tokenizer
+from fusejax.types import VocabMap
 from tests.alignment.tiny_tokenizers import LOSSLESS, TEXT, tiny_tokenizer
 from tests.paths import DATA, needs_data
 
@@ -51,6 +52,47 @@ def test_against_the_naive_fixed_point(source, target):
         for surface, symbol in zip(tokenizer.token_bytes, symbols, strict=True):
             named = target.token_bytes[symbol] if symbol >= 0 and symbol not in special else None
             assert named == (naive_symbol(surface, source, target) if surface else None)
+
+
+class Toy:
+    """A vocabulary that encodes by longest match, except for the byte strings of a table."""
+
+    def __init__(self, *surfaces, **table):
+        self.token_bytes = [surface if surface is None else surface.encode() for surface in surfaces]
+        self.table, self.special_roles = table, {}
+
+    def encode_continuation(self, fragments):
+        return [self._encode(fragment.decode()) for fragment in fragments]
+
+    def _encode(self, text):
+        if text in self.table:
+            return self.table[text]
+        sizes = range(len(text), 0, -1)
+        found = next((text[:size] for size in sizes if text[:size].encode() in self.token_bytes), None)
+        return [] if found is None else [self.token_bytes.index(found.encode()), *self._encode(text[len(found) :])]
+
+
+def test_tokens_that_a_tokenizer_never_makes_follow_its_own_encoding():
+    # S spells "abc" as ab + c; T alone would begin it with "a", but T begins S's first token "ab" with "ab"
+    source, target = Toy("abc", "ab", "c", "a", abc=[1, 2]), Toy("a", "ab", "c", abc=[0])
+    assert coarse_map(source, target).symbol_of_source.tolist() == [1, 1, 2, 0]
+
+
+def test_an_encoding_that_is_not_a_prefix_has_no_symbol():
+    source, target = Toy("A", "b"), Toy("a", "b", A=[0])  # T lower-cases
+    of_source, of_target = coarse_map(source, target)
+    assert of_source.tolist() == [-1, 1] and of_target.tolist() == [-1, 1]
+
+
+def test_symbols_are_named_by_the_id_that_the_target_makes():
+    assert exact_map(Toy("e"), Toy("e", "e")).symbol_of_source.tolist() == [0]
+    assert exact_map(Toy("e"), Toy("e", "e", e=[1])).symbol_of_target.tolist() == [1, 1]
+
+
+def test_tokens_without_symbol_never_agree():
+    nothing = VocabMap(np.array([-1, 0]), np.array([0, -1]))
+    row = report_document(np.array([0, 1]), np.array([1, 0]), np.array([1, 2]), np.array([0, 1]), nothing)
+    assert row.aligned == 2 and row.agreed == 1 and row.worst[0].positions == 1
 
 
 @pytest.mark.parametrize("make", [coarse_map, exact_map])
