@@ -1,7 +1,9 @@
 """Small real tokenizers of every family, trained here in a moment, so that tests need no files."""
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -105,6 +107,7 @@ def tiny_directory(name: str) -> Path:
     """A directory with the tokenizer's files."""
     make, config = BUILDERS[name]
     directory = Path(tempfile.mkdtemp(prefix=f"fusejax-{name}-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     make().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
