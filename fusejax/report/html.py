@@ -88,7 +88,8 @@ def build_report(
         ),
         _section(
             "Training",
-            "Pale: what each step recorded; dark: its centred moving average over a twentieth of the steps.",
+            "The loss is the weighted sum that an arm minimises: arms with other weights are compared by their "
+            "causal LM loss. Curves of many steps: pale as recorded, dark their centred moving average.",
             _picture(plot_training(arms, plots / "training.png"), "Training curves over the optimiser step"),
         ),
         _section(

@@ -4,6 +4,7 @@ Every axis says its unit, every bar its value. Series that a run did not record 
 is not written. Colours follow the role of a model, not its rank, so that two reports can be compared.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ ROLES = {
     "ensemble": "#7d5ba6",
 }
 SOURCES = ("#b8a04a", "#5aa7a7", "#b5658b", "#7a7f45", "#6b7fb8", "#a06b4a")
-OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0"}
+FUSIONS = ("#b23a48", "#8c5e58", "#e09f3e", "#335c67")  # further trained targets, by name
+OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0", "no distribution": "#cdd7e0"}
+PALE = frozenset({"dropped", "no distribution"})
 INK, FAINT = "#22303c", "#d5dbe1"
 
 # Series of metrics.jsonl -> the title of its panel.
@@ -48,16 +51,16 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
     Returns:
         `path`, or None where no arm recorded any of the known quantities.
     """
-    panels = [name for name in PANELS if any(name in series for series in arms.values())]
+    panels = [name for name in PANELS if any(any(series.get(name, ([], []))[1]) for series in arms.values())]
     if not panels:
         return None
     columns = _columns(len(panels))
     figure, axes = _grid(len(panels), columns=columns, width=4.2, height=3.0)
     for name, ax in zip(panels, axes, strict=True):
         for number, (arm, series) in enumerate(arms.items()):
-            if name not in series:
+            steps, values = series.get(name, ([], []))
+            if not any(values):  # not recorded, or a term this arm does not have
                 continue
-            steps, values = series[name]
             colour = colour_of(arm, number)
             noisy = name in NOISY and len(values) > 20
             ax.plot(steps, values, color=colour, alpha=0.22 if noisy else 1, linewidth=0.8 if noisy else 1.8)
@@ -116,7 +119,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
     figure, (ax,) = _grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
     left = [0.0] * len(shares)
     for number, part in enumerate(parts):
-        colour = OUTCOMES.get(part, SOURCES[number % len(SOURCES)])
+        colour = OUTCOMES.get(part) or ROLES.get(part) or SOURCES[number % len(SOURCES)]
         share = [100 * row.get(part, 0.0) / sum(row.values()) for row in shares.values()]
         ax.barh(list(shares), share, left=left, height=0.66, color=colour, label=part)
         for y, (start, length) in enumerate(zip(left, share, strict=True)):
@@ -128,7 +131,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
                     ha="center",
                     va="center",
                     fontsize=9,
-                    color=INK if part == "dropped" else "white",
+                    color=INK if part in PALE else "white",
                 )
         left = [start + length for start, length in zip(left, share, strict=True)]
     ax.invert_yaxis()
@@ -140,8 +143,10 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
 
 
 def colour_of(name: str, number: int) -> str:
-    """Returns the colour of a model: by role where it has one, else by its number among the sources."""
-    return ROLES.get(name, SOURCES[number % len(SOURCES)])
+    """Returns the colour of a model: by role or name, so that figures agree; sources by their number."""
+    if name.startswith("source:"):
+        return SOURCES[number % len(SOURCES)]
+    return ROLES.get(name, FUSIONS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(FUSIONS)])
 
 
 def _bars(ax: Axes, names: Sequence[str], values: Sequence[float | None], *, texts: Sequence[str]) -> None:

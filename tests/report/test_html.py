@@ -126,6 +126,12 @@ def test_nothing_to_draw_draws_nothing(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_colours_follow_the_role():
+def test_a_term_that_an_arm_does_not_have_is_no_curve_at_zero(tmp_path):
+    assert plot_training({"clm": {"fusion_nats": ([1.0, 2.0], [0.0, 0.0])}}, tmp_path / "x.png") is None
+
+
+def test_colours_follow_the_name():
     assert colour_of("fused", 0) == colour_of("fused", 5)
+    assert colour_of("pairwise", 0) == colour_of("pairwise", 6) != colour_of("fused", 0)
+    assert colour_of("source:a", 0) != colour_of("source:b", 1)
     assert re.fullmatch("#[0-9a-f]{6}", colour_of("source:a", 17))
