@@ -17,6 +17,8 @@ or is nothing but spaces, has the symbol " ".
 Special tokens have no bytes. They are paired by role (eos with eos, then bos, pad, unk), never by spelling; a
 special without a partner has no symbol (-1), and its probability stays in the residual. The same holds for an
 encoding that does not begin with the bytes it was given (an unknown token, a lossy normaliser).
+
+A tokenizer with itself (equal fingerprints) needs no common alphabet: every id is its own symbol.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +43,9 @@ class ByteVocabulary(Protocol):
     @property
     def special_roles(self) -> Mapping[str, int]: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def encode_continuation(self, fragments: Sequence[bytes], /) -> list[list[int]]: ...
 
 
@@ -55,6 +60,8 @@ def exact_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
       VocabMap: `symbol_of_source [V_s]`, `symbol_of_target [V]` int32; the identity on shared tokens, -1
       elsewhere. Ids of one vocabulary with the same bytes share one symbol.
     """
+    if source.fingerprint == target.fingerprint:
+        return _identity(target)
     names = _canonical_ids(target)
     of_source = np.array([names.get(b, -1) if b else -1 for b in source.token_bytes], np.int32)
     shared = np.zeros(len(target.token_bytes), bool)
@@ -75,6 +82,8 @@ def coarse_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
       VocabMap: `symbol_of_source [V_s]`, `symbol_of_target [V]` int32, target ids that name the symbols;
       idempotent (`s[s[v]] == s[v]` where defined); -1 for tokens that belong to no symbol.
     """
+    if source.fingerprint == target.fingerprint:
+        return _identity(target)
     source_bytes, target_bytes = source.token_bytes, target.token_bytes
     target_of_source = _first_tokens(target, source_bytes)  # first_T(bytes of u)     [V_s]
     source_of_target = _first_tokens(source, target_bytes)  # first_S(bytes of v)     [V]
@@ -130,6 +139,11 @@ def event_groups(symbol_of_target: Array) -> EventGroups:
     ids = np.flatnonzero(used)
     members[: ids.size] = ids[np.argsort(symbols[used], kind="stable")]
     return EventGroups(offsets, members)
+
+
+def _identity(vocabulary: ByteVocabulary) -> VocabMap:
+    ids = np.arange(len(vocabulary.token_bytes), dtype=np.int32)
+    return VocabMap(ids, ids.copy())
 
 
 def _canonical_ids(vocabulary: ByteVocabulary) -> dict[bytes, int]:

@@ -43,7 +43,7 @@ def naive_symbol(surface, source, target):
     return None
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] != pair[1]])
 def test_against_the_naive_fixed_point(source, target):
     source, target = tiny_tokenizer(source), tiny_tokenizer(target)
     found = coarse_map(source, target)
@@ -59,7 +59,7 @@ class Toy:
 
     def __init__(self, *surfaces, **table):
         self.token_bytes = [surface if surface is None else surface.encode() for surface in surfaces]
-        self.table, self.special_roles = table, {}
+        self.table, self.special_roles, self.fingerprint = table, {}, str(id(self))
 
     def encode_continuation(self, fragments):
         return [self._encode(fragment.decode()) for fragment in fragments]
@@ -107,21 +107,17 @@ def test_maps_are_partitions(source, target, make):
     assert set(of_source[of_source >= 0].tolist()) <= set(names.tolist())
     for symbols, tokenizer in ((of_source, source), (of_target, target)):
         for surface, symbol in zip(tokenizer.token_bytes, symbols, strict=True):
-            if surface and symbol >= 0:
+            if surface and symbol >= 0 and source is not target:
                 assert surface.startswith(target.token_bytes[symbol])
     assert of_source[source.eos_id] == of_target[target.eos_id] == target.eos_id if target.eos_id else True
 
 
+@pytest.mark.parametrize("make", [coarse_map, exact_map])
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_a_tokenizer_with_itself(name):
+def test_a_tokenizer_with_itself_is_the_identity(name, make):
     tokenizer = tiny_tokenizer(name)
-    for make in (coarse_map, exact_map):
-        of_source, of_target = make(tokenizer, tokenizer)
-        np.testing.assert_array_equal(of_source, of_target)
-    exact = exact_map(tokenizer, tokenizer).symbol_of_target
-    for index, surface in enumerate(tokenizer.token_bytes):
-        if surface:
-            assert tokenizer.token_bytes[exact[index]] == surface
+    for ids in make(tokenizer, tokenizer):
+        np.testing.assert_array_equal(ids, np.arange(tokenizer.vocab_size))
 
 
 def test_exact_map_keeps_shared_spellings_only():
