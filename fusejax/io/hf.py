@@ -253,8 +253,8 @@ def _weight_files(root: Path) -> list[Path]:
     pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         raise InputError(
-            f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code and are not read; convert them "
-            "with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+            f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code and are not read; "
+            "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
         )
     raise InputError(f"{root} holds no {SINGLE} and no {INDEX}; expected a Hugging Face model directory")
 

@@ -9,6 +9,7 @@ A kernel is kept as [inputs..., outputs...]; Hugging Face keeps [outputs, inputs
 embeddings stay half-split as there, conversion is a reshape and a transpose and nothing else.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -121,6 +122,7 @@ def param_table(cfg: ModelConfig) -> dict[str, ParamSpec]:
     return table
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
 def init_params(cfg: ModelConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns freshly drawn parameters; each leaf depends on the key and its own path only."""
     leaves = {}
