@@ -3,6 +3,7 @@
 import yaml
 
 from fusejax.config import RunConfig
+from fusejax.merging import MERGE_METHODS
 from tests.paths import ROOT
 from tests.repo.markdown import snippets
 
@@ -31,3 +32,9 @@ def test_the_first_screen_has_an_example_and_the_two_commands():
     top = "\n".join(README.read_text(encoding="utf-8").splitlines()[:32])
     for expected in ("fusion_loss(", "bash scripts/quickstart.sh", "bash scripts/test.sh"):
         assert expected in top
+
+
+def test_every_merge_method_has_its_paper_in_the_table():
+    text = README.read_text(encoding="utf-8")
+    missing = [name for name, method in MERGE_METHODS.items() if method.paper not in text]
+    assert not missing, f"no row with the paper of {missing}"
