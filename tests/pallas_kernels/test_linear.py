@@ -1,0 +1,224 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from pallas_kernels import linear_fused_softmax_kl, linear_fusion_loss
+from tests.pallas_kernels import oracle
+from tests.pallas_kernels.test_oracle import OPTIONS
+
+VALUE = {"rtol": 5e-6, "atol": 5e-6}
+GRADIENT = {"rtol": 1e-5, "atol": 5e-6}
+
+
+class Problem:
+    """Hidden states, head and targets whose logits are an oracle case's."""
+
+    def __init__(self, seed=0, *, width=8, vocab=23, tokens=9, **shape):
+        rng = np.random.default_rng(seed + 100)
+        self.hidden = rng.normal(size=(tokens, width)).astype(np.float32)
+        self.head = (0.7 * rng.normal(size=(width, vocab))).astype(np.float32)
+        case = oracle.random_case(seed, tokens=tokens, vocab=vocab, **shape)
+        self.case = case._replace(logits=self.hidden.astype(np.float64) @ self.head)
+        mixed = case.logprobs.shape[1]
+        self.clm_weights = rng.random(tokens).astype(np.float32)
+        self.kl_weights = (rng.random((tokens, mixed)) * (rng.random((tokens, mixed)) > 0.3)).astype(np.float32)
+
+    def targets(self):
+        c = self.case
+        return tuple(jnp.asarray(x) for x in (c.labels, c.ids, c.logprobs, c.rest))
+
+    def one_pass(self, hidden, head, **options):
+        weights = jnp.asarray(self.clm_weights), jnp.asarray(self.kl_weights)
+        return linear_fusion_loss(
+            hidden, head, *self.targets(), *weights, event=jnp.asarray(self.case.event), **options
+        )
+
+    def recompute(self, hidden, head, **options):
+        mask = jnp.ones(len(self.case.labels))
+        out = linear_fused_softmax_kl(
+            hidden, head, *self.targets(), mask, event=jnp.asarray(self.case.event), **options
+        )
+        loss = (out.clm * self.clm_weights).sum() + (out.kl * self.kl_weights).sum()
+        return loss, out
+
+    def expected(self, **options):
+        clm, kl, dclm, dkl = oracle.losses(self.case, **options)
+        dlogits = dclm * self.clm_weights[:, None] + (dkl * self.kl_weights[..., None]).sum(1)
+        loss = (clm * self.clm_weights).sum() + (kl * self.kl_weights).sum()
+        return loss, clm, kl, dlogits @ self.head.T, self.hidden.T @ dlogits
+
+
+def _check(problem, call, **options):
+    oracle_options = {k: v for k, v in options.items() if k not in ("implementation", "chunk", "head_layout")}
+    loss, clm, kl, dhidden, dhead = problem.expected(**oracle_options)
+    head = problem.head if options.get("head_layout", "dv") == "dv" else problem.head.T
+    call = jax.jit(jax.value_and_grad(functools.partial(call, **options), (0, 1), has_aux=True))
+    (got, aux), (dh, dw) = call(jnp.asarray(problem.hidden), jnp.asarray(head))
+    dw = dw if options.get("head_layout", "dv") == "dv" else dw.T
+    np.testing.assert_allclose(got, loss, **VALUE)
+    np.testing.assert_allclose(aux.clm, clm, **VALUE)
+    used = problem.kl_weights != 0
+    np.testing.assert_allclose(np.asarray(aux.kl)[used], kl[used], **VALUE)
+    np.testing.assert_allclose(dh, dhidden, **GRADIENT)
+    np.testing.assert_allclose(dw, dhead, **GRADIENT)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_pass_equals_oracle(options):
+    problem = Problem(1, mixed=2, members=3)
+    _check(problem, problem.one_pass, chunk=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 2.0},
+        {"temperature": 0.5, "softcap": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_recompute_and_reference_equal_oracle(options, implementation):
+    problem = Problem(2, mixed=2, members=2)
+    _check(problem, problem.recompute, chunk=4, implementation=implementation, **options)
+    _check(problem, problem.one_pass, chunk=5, implementation=implementation, **options)
+
+
+@pytest.mark.parametrize(("layout", "chunk"), [("dv", None), ("vd", None), ("vd", 1), ("dv", 9), ("dv", 64)])
+def test_layouts_and_chunks(layout, chunk):
+    problem = Problem(3)
+    _check(problem, problem.one_pass, chunk=chunk, head_layout=layout)
+    _check(problem, problem.recompute, chunk=chunk, head_layout=layout)
+
+
+def test_padded_vocabulary_with_small_logits():
+    problem = Problem(4, vocab=21)
+    padded = np.concatenate([problem.head, np.zeros((8, 4), np.float32)], axis=1)  # a zero row is a logit of 0
+    (a, _), (dh, dw) = jax.value_and_grad(problem.one_pass, (0, 1), has_aux=True)(problem.hidden, problem.head)
+    call = functools.partial(problem.one_pass, valid_vocab=21)
+    (b, _), (dh2, dw2) = jax.value_and_grad(call, (0, 1), has_aux=True)(problem.hidden, padded)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(dh, dh2, atol=1e-6)
+    np.testing.assert_allclose(dw, dw2[:, :21], atol=1e-6)
+    assert (np.asarray(dw2[:, 21:]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 2.0, "scale_by_temperature_squared": True}, {"softcap": 2.0}], ids=str
+)
+def test_loss_and_gradient_agree_by_finite_differences(options):
+    problem = Problem(5, mixed=1, members=2)
+    call = jax.jit(lambda h, w: problem.one_pass(h, w, **options)[0])
+    check_grads(call, (problem.hidden, problem.head), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+def test_temperature_squared_scales_value_and_gradient_alike():
+    problem = Problem(6)
+    problem.clm_weights[:] = 0
+    plain = jax.value_and_grad(lambda h: problem.one_pass(h, problem.head, temperature=3.0)[0])(problem.hidden)
+    call = functools.partial(problem.one_pass, temperature=3.0, scale_by_temperature_squared=True)
+    scaled = jax.value_and_grad(lambda h: call(h, problem.head)[0])(problem.hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(9 * a, b, rtol=1e-5, atol=1e-7), plain, scaled)
+
+
+@pytest.mark.parametrize(("poison", "implementation"), [(np.nan, "xla"), (np.inf, "xla"), (np.nan, "reference")])
+def test_masked_positions_change_nothing_bitwise(poison, implementation):
+    problem = Problem(7)
+    problem.clm_weights[[2, 5]] = 0
+    problem.kl_weights[[2, 5]] = 0
+
+    def run():
+        call = functools.partial(problem.one_pass, chunk=4, implementation=implementation)
+        call = jax.jit(jax.value_and_grad(call, (0, 1), has_aux=True))
+        return call(jnp.asarray(problem.hidden), jnp.asarray(problem.head))
+
+    clean = run()
+    problem.hidden[[2, 5]] = poison
+    case = problem.case
+    labels, logprobs, rest = case.labels.copy(), case.logprobs.copy(), case.rest.copy()
+    labels[2], logprobs[[2, 5]], rest[[2, 5]] = -100, np.nan, np.nan
+    problem.case = case._replace(labels=labels, logprobs=logprobs, rest=rest)
+    jax.tree.map(np.testing.assert_array_equal, clean, run())
+    assert (np.asarray(clean[1][0])[[2, 5]] == 0).all()
+
+
+def test_no_gradient_to_targets():
+    problem = Problem(8)
+    labels, ids, logprobs, rest = problem.targets()
+
+    def loss(logprobs, rest, implementation):
+        weights = jnp.asarray(problem.clm_weights), jnp.asarray(problem.kl_weights)
+        out = linear_fusion_loss(
+            problem.hidden, problem.head, labels, ids, logprobs, rest, *weights, implementation=implementation
+        )
+        return out[0]
+
+    for implementation in ("xla", "reference"):
+        for gradient in jax.grad(loss, (0, 1))(logprobs, rest, implementation):
+            assert (np.asarray(gradient) == 0).all()
+
+
+def test_bfloat16_inputs():
+    problem = Problem(9, tokens=64, width=32, vocab=300, k=8)
+    hidden, head = jnp.asarray(problem.hidden, jnp.bfloat16), jnp.asarray(problem.head, jnp.bfloat16)
+    problem.hidden, problem.head = np.asarray(hidden, np.float32), np.asarray(head, np.float32)
+    problem.case = problem.case._replace(logits=problem.hidden.astype(np.float64) @ problem.head)
+    loss, _, _, dhidden, dhead = problem.expected()
+    (got, _), grads = jax.value_and_grad(problem.one_pass, (0, 1), has_aux=True)(hidden, head)
+    assert grads[0].dtype == grads[1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    for gradient, expected in zip(grads, (dhidden, dhead), strict=True):
+        error = np.asarray(gradient, np.float64) - expected
+        assert np.linalg.norm(error) < 5e-3 * np.linalg.norm(expected)
+
+
+def test_single_distribution_has_no_mixture_axis():
+    problem = Problem(10)
+    labels, ids, logprobs, rest = problem.targets()
+    out = linear_fused_softmax_kl(
+        problem.hidden, problem.head, labels, ids, logprobs[:, 0], rest[:, 0], jnp.ones(9), event=problem.case.event
+    )
+    assert out.kl.shape == (9,)
+    np.testing.assert_allclose(out.kl, problem.expected()[2][:, 0], **VALUE)
+
+
+@pytest.mark.parametrize(("call", "layout"), [("one_pass", "dv"), ("one_pass", "vd"), ("recompute", "dv")])
+def test_no_logits_array_in_the_compiled_program(call, layout):
+    tokens, vocab = 512, 769
+    problem = Problem(11, tokens=tokens, vocab=vocab, width=16)
+    head = jnp.asarray(problem.head if layout == "dv" else problem.head.T)
+    loss = functools.partial(getattr(problem, call), head_layout=layout, temperature=2.0)
+    compiled = (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(jnp.asarray(problem.hidden), head).compile()
+    )
+    shapes = [
+        tuple(int(n) for n in match.split(",")) for match in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    ]
+    assert max(s[0] for s in shapes if len(s) == 2 and s[1] == vocab) <= 128  # the chunk's logits are there
+    assert max(np.prod(s) for s in shapes) < tokens * vocab
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "js"}, "reverse_kl, jsd"),
+        ({"tail": "symmetric"}, "bucket, renormalize, zero"),
+        ({"divergence": "reverse_kl", "tail": "zero"}, "tail='bucket'"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"head_layout": "tv"}, "head_layout"),
+        ({"chunk": 0}, "chunk"),
+        ({"implementation": "tpu"}, "reference, xla"),
+        ({"head_layout": "vd"}, "expected hidden"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message):
+    problem = Problem(0)
+    for call in (problem.one_pass, problem.recompute):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(problem.hidden, problem.head, **options)
