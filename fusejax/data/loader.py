@@ -224,7 +224,8 @@ class _Documents:
         missing = [name for name in self._names if name not in record.arrays]
         if missing:
             raise InputError(f"document {record.doc_id!r} has no array {', '.join(missing)}; write the store again.")
-        arrays = {name: np.asarray(record.arrays[name]) for name in self._names}
+        # Copies: arrays may be views of a record that holds more than is kept here.
+        arrays = {name: np.array(record.arrays[name]) for name in self._names}
         length = len(arrays["tokens"])
         uneven = {name: a.shape for name, a in arrays.items() if len(a) != length}
         if uneven:
