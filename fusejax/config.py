@@ -71,7 +71,7 @@ class TextSource(_Config):
         "that this Python installation holds, in several domains."
     )
     domain: str = Field("text", description="Domain, the column of the results table.", pattern=_NAME)
-    format: Literal["jsonl", "parquet", "text", "datasets"] | None = Field(None, description="None: by the suffix.")
+    format: Literal["jsonl", "parquet", "text", "dataset"] | None = Field(None, description="None: by the suffix.")
     text_field: str = Field("text", description="Field that holds the text.")
     split: str | None = Field(None, description="Split of a `datasets` source.")
     limit: int | None = Field(None, ge=1, description="Read at most this many documents.")
