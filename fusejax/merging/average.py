@@ -8,14 +8,19 @@ import jax.numpy as jnp
 
 from fusejax.types import Array
 
-__all__ = ["linear", "linear_coefficients", "weighted_sum"]
+__all__ = ["linear", "linear_coefficients", "sum_targets", "weighted_sum"]
+
+
+def sum_targets(values: Array) -> Array:
+    """Returns the sum of [J, ...] over the targets."""
+    # Term by term: XLA's CPU code for a reduction over a stacked leading axis can be a hundred times slower.
+    return sum((values[j] for j in range(1, len(values))), start=values[0])
 
 
 def weighted_sum(coefficients: Array, targets: Array) -> Array:
     """Returns sum_j c_j x_j for coefficients [J] (or [J, ...], per element) and targets [J, ...]."""
-    # Not a dot product: accelerators would multiply in a narrower type.
-    trailing = (1,) * (targets.ndim - coefficients.ndim)
-    return jnp.sum(coefficients.reshape(coefficients.shape + trailing) * targets, axis=0)
+    # Not a dot product either: accelerators would multiply in a narrower type.
+    return sum((coefficients[j] * targets[j] for j in range(1, len(targets))), start=coefficients[0] * targets[0])
 
 
 def linear_coefficients(base: Array | None, targets: Array, *, weights: Array, normalize: bool = True) -> Array:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fusejax.errors import InputError
 from fusejax.types import Array
@@ -136,7 +137,7 @@ def leaf_problems(path: str, leaves: dict[str, Array]) -> list[str]:
             problems.append(f"{path} of {name} has shape {leaf.shape}, {reference_name} has {reference.shape}")
         elif leaf.dtype != reference.dtype:
             problems.append(f"{path} of {name} is {leaf.dtype}, {reference_name} is {reference.dtype}")
-        elif not isinstance(leaf, jax.core.Tracer):  # values are not known while tracing
+        elif not isinstance(leaf, Tracer):  # values are not known while tracing
             problems += _value_problems(path, name, leaf, reference_name, reference)
     if reference.ndim == 0 and is_stacked(path):
         problems.append(f"{path} lies under `layers.` but has no layer axis")
@@ -149,7 +150,7 @@ def _value_problems(path: str, name: str, leaf: Array, reference_name: str, refe
             finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
             bad = leaf.size - int(finite.sum())
             return [f"{path} of {name} has {bad} values that are NaN or infinite"] if bad else []
-        if isinstance(reference, jax.core.Tracer) or bool((leaf == reference).all()):
+        if isinstance(reference, Tracer) or bool((leaf == reference).all()):
             return []
         return [f"{path} is {leaf.dtype} and differs between {name} and {reference_name}"]
 

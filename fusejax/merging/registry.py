@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from fusejax.errors import InputError, nearest
 from fusejax.merging.average import linear, linear_coefficients
@@ -210,7 +211,7 @@ def _number(label: str, parameter: Parameter, value: Any, count: int) -> Array:
     if array.shape not in ((), (count,) if parameter.per_target else ()):
         wanted = f"one number for each of the {count} targets" if parameter.per_target else "one number"
         raise InputError(f"{label} must be {wanted}, got an array of shape {tuple(array.shape)}.")
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, Tracer):
         host = np.asarray(array, np.float64)
         if not (np.isfinite(host).all() and (host >= parameter.low).all() and (host <= parameter.high).all()):
             interval = f" in [{parameter.low:g}, {parameter.high:g}]" if math.isfinite(parameter.high) else ""
@@ -225,7 +226,7 @@ def _host_array(value: Any) -> np.ndarray:
 
 
 def _check_sum(label: str, weights: Array) -> None:
-    if isinstance(weights, jax.core.Tracer):
+    if isinstance(weights, Tracer):
         return
     host = np.asarray(weights, np.float64)
     if abs(host.sum()) <= 1e-12 * np.abs(host).sum():

@@ -16,7 +16,7 @@ Not done: truncating embeddings of another vocabulary size; that is a decision o
 import jax.numpy as jnp
 from jax import lax
 
-from fusejax.merging.average import weighted_sum
+from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.merging.selection import count_of_fraction, largest_mask
 from fusejax.types import Array
 
@@ -46,7 +46,7 @@ def sce(base: Array, targets: Array, *, select_topk: float = 1.0, variant: str =
     differences = targets - base
     if variant != "fuseai" and mask is not None:
         differences = jnp.where(mask, differences, 0)
-    total = jnp.sum(differences, axis=0)
+    total = sum_targets(differences)
     # The paper's sign of 0 is 0, so exactly opposite differences cancel; both programs count 0 as positive.
     elected = jnp.sign(total) if variant == "paper" else jnp.where(total >= 0, 1, -1).astype(total.dtype)
     kept = (jnp.sign(differences) == elected) & (differences != 0)
@@ -54,7 +54,7 @@ def sce(base: Array, targets: Array, *, select_topk: float = 1.0, variant: str =
     merged = weighted_sum(factors, differences)
     if variant == "paper":
         return base + merged
-    norm = jnp.sum(factors, axis=0)
+    norm = sum_targets(factors)
     norm = jnp.where(norm == 0, 1, norm) if variant == "fuseai" else jnp.maximum(norm, _MERGEKIT_FLOOR)
     return base + merged / norm
 

@@ -24,12 +24,12 @@ def slerp(base: Array | None, targets: Array, *, t: Array = 0.5) -> Array:
     Raises:
       InputError: one target and no base.
     """
-    if targets.shape[0] == 1 and base is None:
-        raise InputError("slerp needs two targets, or one target and base params.")
     start, end = (base, targets[0]) if targets.shape[0] == 1 else (targets[0], targets[1])
+    if start is None:
+        raise InputError("slerp needs two targets, or one target and base params.")
     norms = jnp.sqrt(jnp.sum(jnp.square(start))) * jnp.sqrt(jnp.sum(jnp.square(end)))
     cosine = jnp.sum(start * end) / jnp.where(norms == 0, 1, norms)
     parallel = jnp.abs(cosine) > _NEARLY_PARALLEL
     angle = jnp.arccos(jnp.where(parallel, 0, cosine))  # no infinite gradient in the branch that is not taken
-    arc = (jnp.sin((1 - t) * angle) * start + jnp.sin(t * angle) * end) / jnp.sin(angle)
-    return jnp.where(parallel, start + t * (end - start), arc)
+    from_start, from_end = jnp.sin((1 - t) * angle) / jnp.sin(angle), jnp.sin(t * angle) / jnp.sin(angle)
+    return jnp.where(parallel, start + t * (end - start), from_start * start + from_end * end)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 
-from fusejax.merging.average import weighted_sum
+from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.merging.selection import largest_mask
 from fusejax.types import Array
 
@@ -58,11 +58,11 @@ def ties(
     vectors = jnp.stack([_trim(target - base, share, rescale) for target, share in zip(targets, density, strict=True)])
     weights = jnp.asarray(weights, base.dtype).reshape((-1,) + (1,) * base.ndim)
     vectors = vectors * weights
-    elected = jnp.where(jnp.sum(vectors, axis=0) >= 0, 1, -1).astype(base.dtype)
+    elected = jnp.where(sum_targets(vectors) >= 0, 1, -1).astype(base.dtype)
     kept = jnp.sign(vectors) == elected  # zeros never agree
-    merged = jnp.sum(jnp.where(kept, vectors, 0), axis=0)
+    merged = sum_targets(jnp.where(kept, vectors, 0))
     if normalize:
-        norm = jnp.sum(jnp.where(kept, weights, 0), axis=0)
+        norm = sum_targets(jnp.where(kept, weights, 0))
         merged = merged / jnp.where(norm == 0, 1, norm)
     return base + scale * merged
 

@@ -13,7 +13,7 @@ import re
 
 import jax.numpy as jnp
 
-from fusejax.merging.average import weighted_sum
+from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.types import Array
 
 __all__ = ["GRANULARITIES", "varm", "varm_coefficients", "varm_energy", "varm_unit"]
@@ -81,5 +81,5 @@ def _energy(base: Array, targets: Array, energy: Array | None) -> Array:
 
 def _shares(energy: Array) -> Array:
     """Energies over their sum along the first axis; equal shares where nothing changed."""
-    total = jnp.sum(energy, axis=0)
+    total = sum_targets(energy)
     return jnp.where(total == 0, 1 / energy.shape[0], energy / jnp.where(total == 0, 1, total))

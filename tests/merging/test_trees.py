@@ -16,6 +16,10 @@ SHAPES = {"embed.embedding": (24, 8), "layers.attention.q.kernel": (4, 8, 2, 4),
 RUNS = [
     ("linear", {"weights": [0.5, 0.3, 0.4]}),
     ("linear", {"weights": [0.5, -0.3, 0.4], "normalize": False}),
+    ("task_arithmetic", {"weights": [0.5, -0.3, 0.4], "scale": 0.7}),
+    ("task_arithmetic", {"weights": [0.5, 0.3, 0.4], "normalize": True}),
+    ("ties", {"weights": [0.5, 0.3, 0.4], "density": [0.5, 0.25, 1.0]}),
+    ("ties", {"weights": [1, 1, 2], "density": [0.5, 0.25, 0.25], "rescale": True, "normalize": False, "scale": 0.5}),
     *[("sce", {"select_topk": s, "variant": v}) for v in ("fuseai", "paper", "mergekit") for s in (1.0, 0.25)],
 ]
 
@@ -136,7 +140,7 @@ def test_a_model_merged_with_itself_is_itself(method):
         assert_same_bits(merged, base)
 
 
-@pytest.mark.parametrize("method", ["linear", "sce"])
+@pytest.mark.parametrize("method", ["linear", "sce", "varm"])
 def test_one_target_is_copied_bit_by_bit(method):
     base, (target,) = models(count=1)
     merged = merge_trees(base, [target], method=method)
@@ -201,6 +205,84 @@ def test_sce_is_differentiable_in_the_trees(variant):
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
 
+def units(path, granularity):
+    """The unit of one unstacked path, by the paper's words."""
+    parts = path.split(".")
+    if granularity == "model":
+        return ""
+    depth = {"layer": 2, "module": 3}.get(granularity, len(parts)) if parts[0] == "layers" else len(parts)
+    return ".".join(parts[:depth])
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "module", "matrix"])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_varm_by_equation_7(granularity, kind):
+    base, targets = models()
+    trees = [jax.tree.map(kind, tree) for tree in (base, *targets)]
+    options = {"method": "varm", "granularity": granularity, "coefficients": True}
+    merged, factors = merge_trees(trees[0], trees[1:], **options)
+
+    def unstacked(tree):
+        rows = {}
+        for path, leaf in flat(tree).items():
+            name = path.removeprefix("layers.")
+            rows |= {path: leaf} if name == path else {f"layers.{i}.{name}": row for i, row in enumerate(leaf)}
+        return rows
+
+    origin, *changed = (unstacked(tree) for tree in (base, *targets))
+    deltas = {path: np.stack([t[path] - x for t in changed]).astype(np.float64) for path, x in origin.items()}
+    energy = {}
+    for path, delta in deltas.items():
+        squares = (delta**2).reshape(3, -1).sum(1)
+        energy[units(path, granularity)] = energy.get(units(path, granularity), 0) + squares
+    found, found_factors = unstacked(merged), {}
+    for path, factor in factors.items():
+        name = path.removeprefix("layers.")
+        found_factors |= {path: factor} if name == path else {f"layers.{i}.{name}": row for i, row in enumerate(factor)}
+    assert set(found_factors) == set(origin)
+    for path, delta in deltas.items():
+        weights = energy[units(path, granularity)] / energy[units(path, granularity)].sum()
+        np.testing.assert_allclose(found_factors[path], weights, rtol=1e-5)
+        np.testing.assert_allclose(found[path], origin[path] + np.tensordot(weights, delta, 1), rtol=0, atol=3e-6)
+    flat_merge = merge_trees(origin, changed, **options)[0]  # numbered layers are the same units
+    for path, leaf in flat_merge.items():
+        np.testing.assert_allclose(leaf, found[path], rtol=0, atol=1e-6)
+
+
+def test_varm_per_parameter():
+    base, targets = models()
+    merged = flat(merge_trees(base, targets, method="varm", granularity="parameter"))
+    for path, origin in flat(base).items():
+        deltas = np.stack([flat(t)[path] - origin for t in targets]).astype(np.float64)
+        np.testing.assert_allclose(merged[path], origin + (deltas**3).sum(0) / (deltas**2).sum(0), rtol=0, atol=1e-6)
+    unchanged = merge_leaf("a", base["embed"]["embedding"], [base["embed"]["embedding"]] * 2, method="varm",
+                           params={"granularity": "parameter"})  # fmt: skip
+    np.testing.assert_array_equal(unchanged, base["embed"]["embedding"])  # the released code gives zeros here
+
+
+def test_wide_units_cannot_be_streamed_by_leaf():
+    base, targets = models()
+    leaves = [flat(tree)["embed.embedding"] for tree in (base, *targets)]
+    with pytest.raises(InputError, match="use merge_trees"):
+        merge_leaf("embed.embedding", leaves[0], leaves[1:], method="varm", params={"granularity": "layer"})
+
+
+def test_slerp():
+    base, targets = models(count=2)
+    merged = flat(merge_trees(None, targets, method="slerp", t=0.3))
+    reference = expected("slerp", targets[0], targets, {"t": 0.3})
+    for path, leaf in merged.items():
+        np.testing.assert_allclose(leaf, reference[path], rtol=0, atol=3e-6)
+    assert_same_bits(merge_trees(base, targets[:1], method="slerp", t=0.0), base)
+    a, b = np.array([2.0, 0.0], np.float32), np.array([0.0, 4.0], np.float32)
+    middle = merge_leaf("a", None, [a, b], method="slerp", params={})
+    np.testing.assert_allclose(middle, [2 * 0.5**0.5, 4 * 0.5**0.5], rtol=1e-6)
+    gradient = jax.grad(lambda t: merge_leaf("a", None, [a, a], method="slerp", params={"t": t}).sum())(0.5)
+    assert np.isfinite(gradient)
+    with pytest.raises(InputError, match="slerp needs two targets"):
+        merge_leaf("a", None, [a], method="slerp", params={})
+
+
 def test_integer_leaves_are_copied_if_equal_and_refused_if_not():
     base, targets = models()
     for tree in (base, *targets):
@@ -227,6 +309,10 @@ def test_integer_leaves_are_copied_if_equal_and_refused_if_not():
         ("linear", {"weights": [1, 2]}, "one number for each of the 3 targets"),
         ("linear", {"normalize": 1}, "normalize must be true or false"),
         ("linear", {"weights": [1, float("inf"), 0]}, "weights must be finite"),
+        ("ties", {"density": [0.5, 0.5, 1.5]}, r"density must be finite in \[0, 1\]"),
+        ("ties", {"weights": [1, -2, 1]}, "weights sum to 0"),
+        ("varm", {"granularity": "layers"}, "Did you mean 'layer'"),
+        ("slerp", {}, "slerp takes 1 to 2 targets, got 3"),
     ],
 )
 def test_bad_parameters_are_refused(method, params, message):
