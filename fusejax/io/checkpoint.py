@@ -21,6 +21,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ def save_model(
         tokenizer_dir: a folder whose tokenizer files are copied.
     """
     directory = Path(directory).absolute()
-    fresh = directory.with_name(f".{directory.name}.tmp")
+    fresh = _fresh(directory)
     first = jax.process_index() == 0
     with _writable(directory):
         if first:
@@ -313,6 +314,10 @@ def _tokenizer_files(directory: str | Path | None) -> list[Path]:
     return [p for p in found if p.suffix in (".json", ".model", ".txt", ".jinja")]
 
 
+def _fresh(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.tmp")
+
+
 def _replace(fresh: Path, directory: Path) -> None:
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -337,12 +342,22 @@ def _manager(directory: Path, *, keep: int | None = None) -> ocp.CheckpointManag
 
 @contextlib.contextmanager
 def _writable(directory: Path) -> Iterator[None]:
+    """Clears a failed write away; InputError where another directory helps, else OSError (a full disk)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            raise  # a full disk is not the caller's mistake
-        raise InputError(f"cannot write {directory}: {error}. Choose a directory that can be written.") from error
+    except (OSError, ValueError) as error:
+        # TensorStore gives errors of the operating system as the text of a ValueError.
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(told.group(1)) if told else getattr(error, "errno", None)
+        if isinstance(error, InputError) or code is None:
+            raise
+        remove_orphans(directory)
+        shutil.rmtree(_fresh(directory), ignore_errors=True)
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            text = f"cannot write {directory}: {os.strerror(code)}. Choose a directory that can be written."
+            raise InputError(text) from error
+        text = f"cannot write {directory}: {os.strerror(code)}. What was there before is intact; make room and go on"
+        raise OSError(code, text) from error
 
 
 @contextlib.contextmanager

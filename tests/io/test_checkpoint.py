@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import shutil
@@ -119,11 +120,13 @@ def test_a_flipped_bit_is_refused_and_the_leaf_is_named(tmp_path):
 
 
 def test_a_missing_file_is_refused_in_few_words(tmp_path):
-    save_train_state(tmp_path, 1, state())
+    # One leaf: when several reads fail at once, Orbax closes its event loop under those that answer later.
+    tree = {"w": jnp.asarray(np.random.default_rng(0).normal(size=50_000))}
+    save_train_state(tmp_path, 1, tree)
     for file in data_files(tmp_path):
         file.unlink()
     with pytest.raises(InputError, match="cannot be read") as caught:
-        restore_train_state(tmp_path, state())
+        restore_train_state(tmp_path, tree)
     assert len(str(caught.value)) < 800
 
 
@@ -229,6 +232,36 @@ def test_a_directory_that_cannot_be_made_is_an_input_error(tmp_path):
         save_train_state(tmp_path / "file" / "run", 1, state())
     with pytest.raises(InputError, match="cannot write"):
         save_model(tmp_path / "file" / "model", state().params, config())
+
+
+FULL = """
+    import resource, signal, sys
+    import numpy as np
+    from fusejax.io.checkpoint import save_model, save_train_state
+    tree = {"w": np.random.default_rng(0).normal(size=(300, 300))}
+    save_train_state(sys.argv[1] + "/run", 1, tree)
+    save_model(sys.argv[1] + "/model", tree, {})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    second = lambda: save_train_state(sys.argv[1] + "/run", 2, tree)
+    for save in (second, lambda: save_model(sys.argv[1] + "/model", tree, {})):
+        try:
+            save()
+        except OSError as error:
+            print(error.errno, error)
+"""
+
+
+def test_a_write_that_fails_is_told_and_leaves_what_was_there(tmp_path):
+    # A limit on the size of files stands for a full disk: both come back from the same write.
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2 and all(x.startswith(f"{errno.EFBIG} ") and "cannot write" in x for x in lines)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+    tree = {"w": np.random.default_rng(0).normal(size=(300, 300))}
+    np.testing.assert_array_equal(load_model_params(tmp_path / "model")["w"], tree["w"])
 
 
 def test_loggers_keep_their_levels_and_nothing_is_printed(tmp_path, capfd):
