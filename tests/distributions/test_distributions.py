@@ -81,7 +81,8 @@ def test_min_ce_takes_the_lowest_score_among_sources_with_mass(seed):
         want = min(left, key=lambda s: scores[s, t]) if left else -1
         assert choice[t] == want
         if left:
-            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[t], b[want, t]), best, targets)
+            for got, source in zip(best, targets, strict=True):
+                np.testing.assert_array_equal(got[t], source[want, t])
         else:
             assert (best.ids[t] == -1).all() and (best.logprobs[t] == -jnp.inf).all()
 

@@ -22,7 +22,7 @@ def _oracle(logits, temperatures, softcap, valid):
     z = logits.astype(np.float64)[:, :valid]
     z = z if softcap is None else softcap * np.tanh(z / softcap)
     lse = np.stack([np.log(np.exp(z / t).sum(-1)) for t in temperatures], -1)
-    inside = (IDS >= 0) & (IDS < valid)
+    inside = (IDS >= 0) & (valid > IDS)
     return lse, np.where(inside, np.take_along_axis(z, np.where(inside, IDS, 0), -1), 0.0), z
 
 
