@@ -8,6 +8,7 @@ Not here: `jax.distributed` start-up and pipeline or context parallelism.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -23,7 +24,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     explicit: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Returns a mesh with the axes data, fsdp and tensor over the first `data * fsdp * tensor` devices.
 

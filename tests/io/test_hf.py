@@ -129,9 +129,7 @@ def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
         load_hf_model(saved)
 
 
-@pytest.mark.parametrize(
-    "name", ["../model/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "pytorch.bin"]
-)
+@pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "pickle.bin"])
 def test_an_index_cannot_lead_elsewhere(sharded: Path, saved: Path, name: str) -> None:
     (sharded / "pickle.bin").write_bytes(b"pickle")
     index = json.loads((sharded / INDEX).read_text())
