@@ -10,6 +10,7 @@ and `unpack_record` only; readers see the same arrays.
 
 __all__ = ["Record", "RecordReader", "RecordWriter", "pack_record", "unpack_record"]
 
+import errno
 import json
 import os
 import shutil
@@ -132,12 +133,15 @@ class RecordWriter:
 
         final = self.directory / _shard_name(self._shard)
         temporary = final.with_suffix(".tmp")
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for data in self._pending:
-            writer.write(data)
-        writer.close()
-        if not temporary.is_file():
-            raise OSError(f"could not write {temporary}: is the disk full or the directory read-only?")
+        try:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            for data in self._pending:
+                writer.write(data)
+            writer.close()
+        except RuntimeError as error:  # the library's only exception; its text holds the system's message
+            temporary.unlink(missing_ok=True)
+            full = os.strerror(errno.ENOSPC) in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(temporary)) from error
         os.replace(temporary, final)
         self.bytes_written += sum(map(len, self._pending))
         self._shard, self._pending = self._shard + 1, []

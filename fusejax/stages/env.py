@@ -5,6 +5,7 @@ JAX's backend, as that is the only way to learn which devices there are, and tou
 """
 
 import importlib.metadata
+import io
 import os
 import platform
 import sys
@@ -13,8 +14,9 @@ from typing import Any, TextIO
 import jax
 
 import fusejax
+from fusejax.stages.command import Result, parser
 
-__all__ = ["print_environment", "run"]
+__all__ = ["command", "print_environment", "run"]
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array_record", "numpy", "transformers", "tokenizers"),
@@ -42,6 +44,14 @@ def run() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def command(name: str, words: list[str]) -> Result:
+    """`fusejax env`."""
+    parser(name, "Versions, devices, cores and memory of this installation, for a report of a defect.").parse_args(words)
+    info, text = run(), io.StringIO()
+    print_environment(info, file=text)
+    return Result(info, text.getvalue().rstrip())
 
 
 def print_environment(info: dict[str, Any], *, file: TextIO | None = None) -> None:
