@@ -123,7 +123,8 @@ def _run(static: tuple, hidden: Array, head: Array, rows: _Rows, groups: Any, ma
 
 
 def _weighted(out: tuple, masks: tuple, weights: tuple) -> Array:
-    return sum(jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
+    clm, kl = (jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
+    return clm + kl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,10 +170,11 @@ def _put(tree: Any, place: _Placement, spec: P) -> Any:
     """Gives arrays the sharding that the `shard_map` expects; Auto meshes do so by themselves."""
     if place.mesh is None or AxisType.Explicit not in place.mesh.axis_types:
         return tree
-    return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(place.mesh, spec)), tree)
+    sharding = NamedSharding(place.mesh, spec)
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, sharding), tree)
 
 
-def _masks_and_weights(batch: FusionBatch, clm_weight: Any, fusion_weight: Any, count: Array) -> tuple[tuple, tuple]:
+def _masks_and_weights(batch: FusionBatch, clm_weight: Any, fusion_weight: Any, count: Any) -> tuple[tuple, tuple]:
     """Returns ((clm [B, T], kl [B, T, M]) masks, the same shape of weights), normalised by `count`."""
     trained = batch.mask != 0
     mass = (batch.targets.logprobs > -jnp.inf).any(axis=-1)
@@ -250,5 +252,6 @@ def batch_fusion_loss(
     )
     hidden, head = _put(hidden, place, place.tokens()), _put(head, place, place.head(head_layout))
     groups = _put(groups, place, P())
-    loss, out, folded = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
+    result: Any = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
+    loss, out, folded = result
     return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch.weights))

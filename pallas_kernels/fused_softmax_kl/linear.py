@@ -199,7 +199,7 @@ def linear_loss_and_gradients(
     masks: tuple[Array, Array],
     weights: tuple[Array, Array] | None,
     options: LinearOptions,
-) -> tuple[losses.TokenLosses, Array | None, Array | None]:
+) -> tuple[losses.TokenLosses, Any, Any]:
     """Returns the losses of every position and the gradients of their weighted sum, in one pass.
 
     Args:
@@ -209,7 +209,8 @@ def linear_loss_and_gradients(
       weights: ([T], [T, M]) float32, the weights of the sum; None: losses only.
 
     Returns:
-      (`TokenLosses(clm [T], kl [T, M])`, dhidden [T, D] in hidden's dtype, dhead float32).
+      (`TokenLosses(clm [T], kl [T, M])`, dhidden [T, D] in hidden's dtype, dhead float32; None
+      both without weights).
     """
     _check(hidden, head, options)
     wanted = weights is not None
@@ -237,7 +238,8 @@ _unreduced.defvjp(_unreduced_forward, _unreduced_backward)
 
 
 def _weighted_sum(out: tuple, masks: tuple, weights: tuple) -> Array:
-    return sum(jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
+    clm, kl = (jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
+    return clm + kl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -316,7 +318,8 @@ def linear_fused_softmax_kl(
     if api.resolve_implementation(settings.implementation) == "reference":
         clm, kl = _dense(_Chunk(hidden, targets, masks, masks), head, settings)
     else:
-        clm, kl = _unreduced(settings, hidden, head, targets, masks)
+        out: Any = _unreduced(settings, hidden, head, targets, masks)
+        clm, kl = out
     return losses.TokenLosses(clm, kl if mixed else kl[:, 0])
 
 
@@ -354,5 +357,6 @@ def linear_fusion_loss(
         clm, kl = _dense(_Chunk(hidden, targets, masks, weights), head, settings)
         loss = _weighted_sum((clm, kl), masks, weights)
     else:
-        loss, (clm, kl) = _one_pass(settings, hidden, head, targets, masks, weights)
+        out: Any = _one_pass(settings, hidden, head, targets, masks, weights)
+        loss, (clm, kl) = out
     return loss, lax.stop_gradient(losses.TokenLosses(clm, kl if mixed else kl[:, 0]))
