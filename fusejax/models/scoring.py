@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fusejax.distributions import topk_from_logits
 from fusejax.models.config import ModelConfig
 from fusejax.models.llama import head_kernel, hidden_states
 from fusejax.parallel.sharding import Layout, ShardingRules
@@ -86,14 +87,12 @@ def _score_logits(logits: jax.Array, labels: jax.Array, *, k: int, valid: int) -
     if k == 0:
         return realised, None
     taken = min(k, valid)
-    values, ids = jax.lax.top_k(logits, taken)
-    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
-    residual = jax.nn.logsumexp(others, axis=-1) - lse
+    topk = topk_from_logits(logits, taken)
     unused = [(0, 0)] * labels.ndim + [(0, k - taken)]
     return realised, TopK(
-        ids=jnp.pad(ids.astype(jnp.int32), unused, constant_values=-1),
-        logprobs=jnp.pad(values - lse[..., None], unused, constant_values=-jnp.inf),
-        residual_logprob=residual,
+        ids=jnp.pad(topk.ids, unused, constant_values=-1),
+        logprobs=jnp.pad(topk.logprobs, unused, constant_values=-jnp.inf),
+        residual_logprob=topk.residual_logprob,
     )
 
 
