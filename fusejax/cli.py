@@ -23,7 +23,7 @@ class _Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": _Command("quickstart", "The whole of FuseLLM on text that is already on this machine (CPU, no network)."),
+    "quickstart": _Command("quickstart", "The whole of FuseLLM on this machine's own text (CPU, no network)."),
     "run": _Command("run", "All stages of a configuration, or those named by --stages."),
     "prepare": _Command("run", "Read, cut, de-duplicate and split the text."),
     "capture": _Command("run", "Run the sources over the text and store their top-k distributions."),

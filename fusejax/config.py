@@ -41,8 +41,10 @@ class ModelRef(_Config):
     """A model and its tokenizer."""
 
     model: str = Field(description="Hugging Face directory, fusejax checkpoint directory, or hub name (org/name).")
-    name: str = Field("", description="Short name in tables and directories; default: the last part of `model`.")
-    revision: str | None = Field(None, description="Revision of a hub name.")
+    name: str = Field(
+        default="", description="Short name in tables and directories; default: the last part of `model`."
+    )
+    revision: str | None = Field(default=None, description="Revision of a hub name.")
 
     @model_validator(mode="before")
     @classmethod
@@ -70,11 +72,13 @@ class TextSource(_Config):
         description="JSONL, parquet, folder of text files, saved dataset, datasets hub name, or `embedded`: the text "
         "that this Python installation holds, in several domains."
     )
-    domain: str = Field("text", description="Domain, the column of the results table.", pattern=_NAME)
-    format: Literal["jsonl", "parquet", "text", "dataset"] | None = Field(None, description="None: by the suffix.")
-    text_field: str = Field("text", description="Field that holds the text.")
-    split: str | None = Field(None, description="Split of a `datasets` source.")
-    limit: int | None = Field(None, ge=1, description="Read at most this many documents.")
+    domain: str = Field(default="text", description="Domain, the column of the results table.", pattern=_NAME)
+    format: Literal["jsonl", "parquet", "text", "dataset"] | None = Field(
+        default=None, description="None: by the suffix."
+    )
+    text_field: str = Field(default="text", description="Field that holds the text.")
+    split: str | None = Field(default=None, description="Split of a `datasets` source.")
+    limit: int | None = Field(default=None, ge=1, description="Read at most this many documents.")
     limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
 
 
@@ -82,120 +86,140 @@ class CorpusConfig(_Config):
     """The text of a run."""
 
     train: tuple[TextSource, ...] = Field(description="Documents that are captured and trained on.", min_length=1)
-    valid: tuple[TextSource, ...] = Field((), description="Held out for curves; empty: taken from train by a hash.")
-    test: tuple[TextSource, ...] = Field((), description="Held out for the table; empty: taken from train by a hash.")
-    valid_fraction: float = Field(0.05, ge=0, lt=0.5, description="Share of train taken where `valid` is empty.")
-    test_fraction: float = Field(0.05, ge=0, lt=0.5, description="Share of train taken where `test` is empty.")
-    max_document_bytes: int = Field(8192, ge=16, description="Longer documents are cut, losslessly, in bytes.")
-    max_train_bytes: int | None = Field(None, ge=1, description="Cap on the bytes of training text per domain.")
-    max_eval_bytes: int | None = Field(None, ge=1, description="Cap on the bytes of valid and of test, per domain.")
+    valid: tuple[TextSource, ...] = Field(
+        default=(), description="Held out for curves; empty: taken from train by a hash."
+    )
+    test: tuple[TextSource, ...] = Field(
+        default=(), description="Held out for the table; empty: taken from train by a hash."
+    )
+    valid_fraction: float = Field(
+        default=0.05, ge=0, lt=0.5, description="Share of train taken where `valid` is empty."
+    )
+    test_fraction: float = Field(default=0.05, ge=0, lt=0.5, description="Share of train taken where `test` is empty.")
+    max_document_bytes: int = Field(default=8192, ge=16, description="Longer documents are cut, losslessly, in bytes.")
+    max_train_bytes: int | None = Field(default=None, ge=1, description="Cap on the bytes of training text per domain.")
+    max_eval_bytes: int | None = Field(
+        default=None, ge=1, description="Cap on the bytes of valid and of test, per domain."
+    )
 
 
 class CaptureConfig(_Config):
     """Running the sources over the corpus."""
 
-    top_k: int = Field(10, ge=1, le=1024, description="Entries stored per position.")
-    context: int = Field(2048, ge=2, description="Tokens per window; cut to the model's own limit.")
-    batch_tokens: int = Field(16384, ge=1, description="Tokens per forward call.")
-    dtype: Literal["float16", "float32"] = Field("float16", description="How log-probabilities are stored.")
-    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of activations.")
-    shard_size: int = Field(256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
+    top_k: int = Field(default=10, ge=1, le=1024, description="Entries stored per position.")
+    context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="How log-probabilities are stored.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
+    shard_size: int = Field(default=256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
 
 
 class AlignConfig(_Config):
     """Carrying distributions to the target's tokenizer."""
 
-    vocabulary: Literal["coarse", "exact"] = Field("coarse", description="Common symbols, or identical spellings.")
+    vocabulary: Literal["coarse", "exact"] = Field(
+        default="coarse", description="Common symbols, or identical spellings."
+    )
 
 
 class FusionConfig(_Config):
     """One fusion of sources, which trains one target."""
 
-    name: str = Field("fused", description="Name of the trained target.", pattern=_NAME)
-    sources: tuple[str, ...] = Field((), description="Names of the sources; empty: all of them.")
-    method: Literal["min_ce", "avg_ce"] = Field("min_ce", description="FuseLLM's fusion function.")
+    name: str = Field(default="fused", description="Name of the trained target.", pattern=_NAME)
+    sources: tuple[str, ...] = Field(default=(), description="Names of the sources; empty: all of them.")
+    method: Literal["min_ce", "avg_ce"] = Field(default="min_ce", description="FuseLLM's fusion function.")
     score: Literal["bits_per_byte", "token_ce"] = Field(
-        "bits_per_byte", description="How sources are compared: per byte, or per own token as in the papers."
+        default="bits_per_byte", description="How sources are compared: per byte, or per own token as in the papers."
     )
-    window_bytes: int | None = Field(256, ge=1, description="Bytes over which sources are compared; None: document.")
-    include_target: bool = Field(False, description="The target's own start distribution takes part (FuseLLM).")
-    temperature: float = Field(1.0, gt=0, description="Of avg_ce's softmax over negative scores.")
+    window_bytes: int | None = Field(
+        default=256, ge=1, description="Bytes over which sources are compared; None: document."
+    )
+    include_target: bool = Field(default=False, description="The target's own start distribution takes part (FuseLLM).")
+    temperature: float = Field(default=1.0, gt=0, description="Of avg_ce's softmax over negative scores.")
 
 
 class LossConfig(_Config):
     """clm_weight * CLM + fusion_weight * D(fused || target), in nats per trained token."""
 
-    clm_weight: float = Field(0.9, ge=0, description="Weight of the causal language modelling loss.")
-    fusion_weight: float = Field(0.1, ge=0, description="Weight of the divergence.")
-    divergence: Literal["kl", "ce", "reverse_kl", "jsd"] = Field("kl", description="Divergence to the target.")
-    tail: Literal["bucket", "renormalize", "zero"] = Field("bucket", description="What the mass outside top-k does.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of the target's softmax in the divergence.")
-    max_members: int = Field(256, ge=1, description="Gathered token ids per position; larger groups join the rest.")
+    clm_weight: float = Field(default=0.9, ge=0, description="Weight of the causal language modelling loss.")
+    fusion_weight: float = Field(default=0.1, ge=0, description="Weight of the divergence.")
+    divergence: Literal["kl", "ce", "reverse_kl", "jsd"] = Field(default="kl", description="Divergence to the target.")
+    tail: Literal["bucket", "renormalize", "zero"] = Field(
+        default="bucket", description="What the mass outside top-k does."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of the target's softmax in the divergence.")
+    max_members: int = Field(
+        default=256, ge=1, description="Gathered token ids per position; larger groups join the rest."
+    )
 
 
 class TrainConfig(_Config):
     """Training the target."""
 
-    baseline: bool = Field(True, description="Also train on CLM alone, from the same start on the same tokens.")
-    epochs: int = Field(1, ge=1, description="Passes over the corpus.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
-    batch_size: int = Field(128, ge=1, description="Rows per optimiser step.")
-    seq_len: int = Field(2048, ge=2, description="Tokens per row.")
-    accumulation: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
-    packing: bool = Field(True, description="Several documents per row, without attention across them.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
-    warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of the steps spent warming up.")
-    adam_b1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
-    adam_b2: float = Field(0.95, ge=0, lt=1, description="AdamW beta 2.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; norms and biases have none.")
-    clip_norm: float = Field(1.0, gt=0, description="Global norm to which gradients are clipped.")
-    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of activations.")
-    remat: Literal["none", "dots", "full"] = Field("none", description="What is recomputed in the backward pass.")
-    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
-    tensorboard: bool = Field(False, description="Also write TensorBoard events.")
+    baseline: bool = Field(default=True, description="Also train on CLM alone, from the same start on the same tokens.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the corpus.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimiser steps.")
+    batch_size: int = Field(default=128, ge=1, description="Rows per optimiser step.")
+    seq_len: int = Field(default=2048, ge=2, description="Tokens per row.")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimiser step.")
+    packing: bool = Field(default=True, description="Several documents per row, without attention across them.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="After the warm-up.")
+    warmup_ratio: float = Field(default=0.008, ge=0, le=1, description="Share of the steps spent warming up.")
+    adam_b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
+    adam_b2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2.")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW decay of matrices; norms and biases have none.")
+    clip_norm: float = Field(default=1.0, gt=0, description="Global norm to which gradients are clipped.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
+    remat: Literal["none", "dots", "full"] = Field(
+        default="none", description="What is recomputed in the backward pass."
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
 
 
 class MeshConfig(_Config):
     """Devices per mesh axis; the product must divide the number of devices."""
 
-    data: int = Field(1, ge=1, description="Replicas that see different rows.")
-    fsdp: int = Field(1, ge=1, description="Shards of parameters and rows.")
-    tensor: int = Field(1, ge=1, description="Shards of heads, mlp and vocabulary.")
+    data: int = Field(default=1, ge=1, description="Replicas that see different rows.")
+    fsdp: int = Field(default=1, ge=1, description="Shards of parameters and rows.")
+    tensor: int = Field(default=1, ge=1, description="Shards of heads, mlp and vocabulary.")
 
 
 class MergeConfig(_Config):
     """Merging the fused targets."""
 
-    method: str = Field("sce", description="A method of `fusejax merge --help`.")
-    targets: tuple[str, ...] = Field((), description="Trained targets to merge; empty: all fusions.")
+    method: str = Field(default="sce", description="A method of `fusejax merge --help`.")
+    targets: tuple[str, ...] = Field(default=(), description="Trained targets to merge; empty: all fusions.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the method.")
 
 
 class EvaluateConfig(_Config):
     """Bits per byte on the test split."""
 
-    context: int = Field(2048, ge=2, description="Tokens per window; cut to the model's own limit.")
-    batch_tokens: int = Field(16384, ge=1, description="Tokens per forward call.")
-    ensemble: bool = Field(True, description="Also the mean-probability ensemble of the sources and the target.")
+    context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
+    ensemble: bool = Field(
+        default=True, description="Also the mean-probability ensemble of the sources and the target."
+    )
 
 
 class RunConfig(_Config):
     """A whole run: corpus, sources, target, fusions, training, merge, evaluation."""
 
     output: str = Field(description="Directory of the run's artefacts.")
-    seed: int = Field(0, ge=0, description="Seed of splits, data order and initialisation.")
+    seed: int = Field(default=0, ge=0, description="Seed of splits, data order and initialisation.")
     target: ModelRef = Field(description="The model that is trained.")
     sources: tuple[ModelRef, ...] = Field(description="The models whose distributions are fused.", min_length=1)
     corpus: CorpusConfig
     capture: CaptureConfig = CaptureConfig()
     align: AlignConfig = AlignConfig()
-    fusions: tuple[FusionConfig, ...] = Field((FusionConfig(),), description="Fusions; each trains one target.")
+    fusions: tuple[FusionConfig, ...] = Field(default=(FusionConfig(),), description="Fusions; each trains one target.")
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
-    merge: MergeConfig | None = Field(None, description="None: nothing is merged.")
+    merge: MergeConfig | None = Field(default=None, description="None: nothing is merged.")
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")

@@ -51,7 +51,8 @@ def _align_one(run: Run, name: str) -> Manifest:
     np.savez(directory / VOCABULARY, **vocab_map._asdict())
     documents = read_corpus(run.corpus_dir, "train")
     if len(documents) != len(reader):
-        raise InputError(f"{reader.directory} holds {len(reader)} documents, the corpus {len(documents)}; capture again")
+        counts = f"{len(reader)} documents, the corpus {len(documents)}"
+        raise InputError(f"{reader.directory} holds {counts}; capture it again")
     reports, start = [], time.monotonic()
     with progress(f"align {name}", total=len(reader), unit="documents") as bar:
         for first in range(0, len(documents), shard_size):

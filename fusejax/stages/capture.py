@@ -62,9 +62,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
     documents = read_corpus(run.corpus_dir, "train")
     model = run.model(ref, compute_dtype=options.compute_dtype)
     check_vocabulary(tokenizer, model.config.vocab_size, str(run.model_path(ref)))
-    writer = RecordWriter(
-        directory, kind="captured", settings=settings, parents=parents, shard_size=options.shard_size
-    )
+    writer = RecordWriter(directory, kind="captured", settings=settings, parents=parents, shard_size=options.shard_size)
     score = scorer(model, top_k=min(options.top_k, tokenizer.vocab_size), valid_vocab=tokenizer.vocab_size)
     total = sum(document.n_bytes for document in documents)
     positions, start = 0, time.monotonic()

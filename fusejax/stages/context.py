@@ -20,9 +20,7 @@ from fusejax.io.progress import say
 from fusejax.io.tokenizers import Tokenizer, load_tokenizer
 
 
-def finished(
-    directory: Path, *, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]
-) -> Manifest | None:
+def finished(directory: Path, *, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Manifest | None:
     """Returns the manifest of a finished artefact with these settings and parents, else None."""
     if not (directory / MANIFEST).is_file():
         return None

@@ -48,7 +48,9 @@ def run() -> dict[str, Any]:
 
 def command(name: str, words: list[str]) -> Result:
     """`fusejax env`."""
-    parser(name, "Versions, devices, cores and memory of this installation, for a report of a defect.").parse_args(words)
+    parser(name, "Versions, devices, cores and memory of this installation, for a report of a defect.").parse_args(
+        words
+    )
     info, text = run(), io.StringIO()
     print_environment(info, file=text)
     return Result(info, text.getvalue().rstrip())

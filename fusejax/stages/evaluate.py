@@ -120,7 +120,7 @@ def command(name: str, words: list[str]) -> Result:
         from fusejax.stages.run import command as run_command
 
         return run_command(name, words)
-    arguments = parser(name, "Bits per byte: negative log-likelihood in bits over UTF-8 bytes, every byte counted once.")
+    arguments = parser(name, "Bits per byte: negative log-likelihood over UTF-8 bytes, every byte counted once.")
     arguments.add_argument("--model", required=True, help="Hugging Face directory, fusejax checkpoint, or hub name")
     arguments.add_argument("--data", required=True, help="JSONL with {'text': ...}, parquet or folder of text")
     arguments.add_argument("--text-field", default="text", help="field that holds the text")

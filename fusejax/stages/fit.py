@@ -6,15 +6,16 @@ Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
 __all__ = ["Optimization", "fit"]
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fusejax.data.loader import FusionLoader
 from fusejax.io.manifest import fingerprint_of, write_json
-from fusejax.io.progress import progress, say
+from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
 from fusejax.parallel import batch_sharding, make_mesh, param_shardings
@@ -30,7 +31,7 @@ class Optimization(NamedTuple):
     """The optimiser and its schedule; see `fusejax.config.TrainConfig`."""
 
     learning_rate: float
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.008
     adam_b1: float = 0.9
     adam_b2: float = 0.95
@@ -79,34 +80,12 @@ def fit(
     """
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
     total = min(len(loader), max_steps or len(loader))
-    schedule = make_schedule(
-        optimization.schedule,  # type: ignore[arg-type]
-        peak=optimization.learning_rate,
-        total_steps=total,
-        warmup_steps=warmup_steps_from_ratio(optimization.warmup_ratio, total),
-    )
-    optimizer = make_optimizer(
-        schedule,
-        b1=optimization.adam_b1,
-        b2=optimization.adam_b2,
-        weight_decay=optimization.weight_decay,
-        clip_norm=optimization.clip_norm,
-        decay_mask=decay_mask(config),
-    )
+    schedule, optimizer = _optimizer(config, optimization, total)
     placement = _placement(config, mesh)
-    _start_afresh_unless_same(directory, dict(identity) | {"total_steps": total, "optimization": optimization._asdict()})
+    plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
+    _start_afresh_unless_same(directory, plan)
     tokens_per_step = loader.batch_size * loader.seq_len
     with progress(label, total=total * tokens_per_step, unit="tokens") as bar:
-        state = {"step": 0}
-
-        def on_step(step: int, values: Mapping[str, float]) -> None:
-            if not state["step"]:
-                bar.start_at((step - 1) * tokens_per_step)
-                state["step"] = step - 1
-            shown = {name: values[name] for name in ("loss", "clm_nats", "fusion_nats") if name in values}
-            bar.update((step - state["step"]) * tokens_per_step, step=step, **shown)
-            state["step"] = step
-
         return train_loop(
             params,
             loader,
@@ -122,9 +101,44 @@ def fit(
             schedule=schedule,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
-            on_step=on_step,
+            on_step=_reporter(bar, tokens_per_step),
             **placement,
         )
+
+
+def _optimizer(config: ModelConfig, options: Optimization, total: int) -> tuple[Any, Any]:
+    """The schedule and AdamW behind clipping."""
+    schedule = make_schedule(
+        options.schedule,
+        peak=options.learning_rate,
+        total_steps=total,
+        warmup_steps=warmup_steps_from_ratio(options.warmup_ratio, total),
+    )
+    optimizer = make_optimizer(
+        schedule,
+        b1=options.adam_b1,
+        b2=options.adam_b2,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
+        decay_mask=decay_mask(config),
+    )
+    return schedule, optimizer
+
+
+def _reporter(bar: Progress, tokens_per_step: int) -> Callable[[int, Mapping[str, float]], None]:
+    """Shows each step; steps of an earlier run do not count in the rate."""
+    last = 0
+
+    def on_step(step: int, values: Mapping[str, float]) -> None:
+        nonlocal last
+        if not last:
+            last = step - 1
+            bar.start_at(last * tokens_per_step)
+        shown = {name: values[name] for name in ("loss", "clm_nats", "fusion_nats") if values.get(name)}
+        bar.update((step - last) * tokens_per_step, step=step, **shown)
+        last = step
+
+    return on_step
 
 
 def _loss_fn(config: ModelConfig, groups: EventGroups | None, loss: dict[str, Any], mesh: Any) -> Any:
@@ -142,7 +156,7 @@ def _placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str,
     """The mesh and shardings that the loop needs, or nothing for one device."""
     if not mesh or all(size == 1 for size in mesh.values()):
         return {}
-    made = make_mesh(**mesh)
+    made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
     shardings = param_shardings(param_table(config), made)
     return {"mesh": made, "param_shardings": shardings, "batch_sharding": batch_sharding(made)}
 
@@ -151,8 +165,6 @@ def _start_afresh_unless_same(directory: Path, identity: Mapping[str, Any]) -> N
     plan = {"plan": fingerprint_of(identity)}
     path = directory / _PLAN
     if path.is_file():
-        import json
-
         if json.loads(path.read_text()) == plan:
             return
         say(f"{directory}: settings or inputs have changed, training starts afresh")

@@ -124,7 +124,8 @@ def _recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no mapping; expected the keys {', '.join(_RECIPE_KEYS)}")
     for key in read:
         if key not in _RECIPE_KEYS:
-            raise InputError(f"{path}: unknown key {key!r}.{nearest(key, _RECIPE_KEYS)} Known: {', '.join(_RECIPE_KEYS)}")
+            known = ", ".join(_RECIPE_KEYS)
+            raise InputError(f"{path}: unknown key {key!r}.{nearest(key, _RECIPE_KEYS)} Known: {known}")
     return read
 
 

@@ -3,6 +3,7 @@
 __all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare"]
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -86,7 +87,7 @@ def _read(sources: Iterable[TextSource]) -> list[Document]:
     found = []
     for source in sources:
         if source.path == EMBEDDED:
-            found += [document for documents in embedded_documents(source.limit_bytes).values() for document in documents]
+            found += itertools.chain.from_iterable(embedded_documents(source.limit_bytes).values())
             continue
         documents = read_documents(
             source.path,

@@ -141,9 +141,7 @@ def _pretraining_texts(run: Run, scale: Scale) -> dict[str, list[Document]]:
     return found
 
 
-def _pretrained(
-    texts: dict[str, list[Document]], scale: Scale, seed: int, cache: Path, corpus: str
-) -> dict[str, Path]:
+def _pretrained(texts: dict[str, list[Document]], scale: Scale, seed: int, cache: Path, corpus: str) -> dict[str, Path]:
     """Trains the sources and the target, or finds them in the cache; the target comes last."""
     recipes = dict(zip(texts, SOURCES.values(), strict=False)) | {"target": TARGET}
     paths = {}

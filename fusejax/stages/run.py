@@ -58,8 +58,12 @@ def command(name: str, words: list[str]) -> Result:
     words, stages = _take(words, "--stages")
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
-    description = STAGES[name].__doc__ if name in STAGES else (
-        "All stages: " + " ".join(STAGES) + ". --stages a,b runs some of them; --dry-run prints what would be done."
+    description = (
+        STAGES[name].__doc__
+        if name in STAGES
+        else (
+            "All stages: " + " ".join(STAGES) + ". --stages a,b runs some of them; --dry-run prints what would be done."
+        )
     )
     config = parse_config(name, words, description or "")
     names = (name,) if name in STAGES else _stage_names(stages)

@@ -78,9 +78,8 @@ def test_an_unknown_command_suggests_one(capsys):
 
 
 def test_run_on_the_command_line(place, capsys):
-    found = _json(
-        capsys, "run", place / "run.yaml", "--train.max-steps", "2", "--stages", "prepare,capture,align,fuse,train,merge,evaluate"
-    )  # fmt: skip
+    stages = "prepare,capture,align,fuse,train,merge,evaluate"
+    found = _json(capsys, "run", place / "run.yaml", "--train.max-steps", "2", "--stages", stages)
     assert set(found["bits_per_byte"]) >= {"source:a", "source:b", "target", "clm", "fused", "merged", "ensemble"}
     bad = _json(capsys, "verify", place / "run")
     assert bad["bad"] == []
@@ -137,9 +136,8 @@ def test_align_two_tokenizers(place, capsys):
     assert found["positions"] == found["aligned"] + found["conditioned"] + found["dropped"]
     assert 0.9 < found["symbol_agreement"] <= 1
     assert found["positions_per_second"] > 0
-    same = _json(
-        capsys, "align", "--source-tokenizer", place / "a", "--target-tokenizer", place / "a", "--data", place / "train.jsonl"
-    )  # fmt: skip
+    both = ("--source-tokenizer", place / "a", "--target-tokenizer", place / "a")
+    same = _json(capsys, "align", *both, "--data", place / "train.jsonl")
     assert (same["symbol_agreement"], same["dropped"]) == (1.0, 0)
 
 
@@ -210,9 +208,8 @@ def test_an_index_that_leaves_the_directory_is_refused(place, capsys, name):
 
 def test_a_tokenizer_larger_than_the_model(place, capsys):
     make_model(place / "small", kind="byte_bpe", seed=3, padded=-5)
-    _refused(
-        capsys, "makes ids up to", "evaluate", "--model", place / "small", "--data", place / "train.jsonl"
-    )  # fmt: skip
+    words = ("--model", place / "small", "--data", place / "train.jsonl")
+    _refused(capsys, "makes ids up to", "evaluate", *words)
 
 
 def test_bad_text(place, capsys):

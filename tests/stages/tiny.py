@@ -13,7 +13,27 @@ from fusejax.io.hf import save_hf_model
 from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig, init_params
 
-WORDS = "the cat sat on a mat and saw two dogs run over green hills while it rained in May".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "dogs",
+    "run",
+    "over",
+    "green",
+    "hills",
+    "while",
+    "it",
+    "rained",
+    "in",
+    "May",
+]
 
 
 def texts(count: int, *, seed: int) -> list[str]:
@@ -65,7 +85,10 @@ def make_config(root: Path, **changes) -> RunConfig:
         "sources": [str(root / "a"), str(root / "b")],
         "corpus": {"train": [{"path": str(data), "domain": "words"}], "valid_fraction": 0.1, "test_fraction": 0.2},
         "capture": {"top_k": 4, "context": 32, "batch_tokens": 256, "shard_size": 8},
-        "fusions": [{"name": "fused", "window_bytes": 32}, {"name": "mixed", "method": "avg_ce", "include_target": True}],
+        "fusions": [
+            {"name": "fused", "window_bytes": 32},
+            {"name": "mixed", "method": "avg_ce", "include_target": True},
+        ],
         "train": {"batch_size": 4, "seq_len": 32, "learning_rate": 1e-2, "max_steps": 4, "log_every": 1},
         "loss": {"max_members": 64},
         "merge": {"method": "sce"},
