@@ -3,8 +3,9 @@
 A hub name is the only thing here that uses the network, and only because the user wrote it.
 """
 
-__all__ = ["LoadedModel", "model_fingerprint", "open_config", "open_model", "resolve_model"]
+__all__ = ["LoadedModel", "cache_dir", "model_fingerprint", "open_config", "open_model", "resolve_model"]
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,10 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    # The hub's own cache is made of links that leave the directory, which the importer refuses: plain files instead.
+    place = cache_dir() / "hub" / f"{model.replace('/', '--')}@{revision or 'main'}"
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES), local_dir=str(place)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -50,6 +53,11 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
 
 def _is_checkpoint(directory: Path) -> bool:
     return (directory / MANIFEST).is_file() and read_manifest(directory).kind == "model"
+
+
+def cache_dir() -> Path:
+    """Where fusejax keeps what it downloads or trains once: `$XDG_CACHE_HOME/fusejax`, else `~/.cache/fusejax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusejax"
 
 
 def model_fingerprint(directory: Path) -> str:

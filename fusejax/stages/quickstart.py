@@ -8,7 +8,6 @@ are what comes out: no setting was chosen by looking at the test text.
 __all__ = ["command", "quickstart"]
 
 import json
-import os
 import resource
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from fusejax.config import RunConfig
 from fusejax.data.corpus import Document, cut_documents
 from fusejax.data.tokenizer_training import train_tokenizer
 from fusejax.io.manifest import atomic_directory, fingerprint_of, read_manifest, write_manifest
+from fusejax.io.models import cache_dir
 from fusejax.io.progress import say
 from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig
@@ -220,13 +220,10 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory of the run")
     arguments.add_argument("--fast", action="store_true", help="smaller models and less text, for tests")
     arguments.add_argument("--seed", type=int, default=0, help="seed of splits, initialisation and data order")
-    arguments.add_argument("--cache", type=Path, default=_cache_dir(), help="where trained sources are kept")
+    arguments.add_argument(
+        "--cache", type=Path, default=cache_dir() / "quickstart", help="where trained sources are kept"
+    )
     given = arguments.parse_args(words)
     result = quickstart(given.out, scale=FAST if given.fast else FULL, seed=given.seed, cache=given.cache)
     text = f"{result['table']}\n\n{given.out / 'report.html'}; {result['seconds']:.0f} s"
     return Result({key: value for key, value in result.items() if key != "table"}, text)
-
-
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fusejax" / "quickstart"
