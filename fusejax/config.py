@@ -120,6 +120,12 @@ class AlignConfig(_Config):
     vocabulary: Literal["coarse", "exact"] = Field(
         default="coarse", description="Common symbols, or identical spellings."
     )
+    conditioned: bool = Field(
+        default=False, description="Also supervise positions inside a source token, conditioned on the bytes read."
+    )
+    chain: bool = Field(
+        default=False, description="Also supervise long realised tokens by the source's probability of their bytes."
+    )
 
 
 class FusionConfig(_Config):
