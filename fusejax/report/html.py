@@ -104,7 +104,7 @@ def build_report(
         ),
         _section(
             "Chosen source",
-            "How often each source had the lowest cross-entropy on the text (MinCE).",
+            "Positions supervised by each source: MinCE takes the one with the lowest score in a window of text.",
             _counts_table(choices or {}, corner="text"),
             _picture(
                 plot_shares(choices or {}, plots / "choices.png", title="Positions by chosen source"),

@@ -43,7 +43,7 @@ def _facts(directory: Path) -> dict[str, Any]:
 
 def _alignment(run: Run) -> dict[str, dict[str, float]]:
     """Positions by what became of them, per source."""
-    found = {name: _facts(run.aligned_dir(name)) for name in run.participants}
+    found = {source.name: _facts(run.aligned_dir(source.name)) for source in run.config.sources}
     kinds = ("aligned", "conditioned", "dropped")
     return {name: {kind: float(facts[kind]) for kind in kinds} for name, facts in found.items() if facts}
 
