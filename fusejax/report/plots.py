@@ -25,8 +25,7 @@ ROLES = {
 }
 SOURCES = ("#b8a04a", "#5aa7a7", "#b5658b", "#7a7f45", "#6b7fb8", "#a06b4a")
 FUSIONS = ("#b23a48", "#8c5e58", "#e09f3e", "#335c67")  # further trained targets, by name
-OUTCOMES = {
-    "no distribution": "#cdd5dc","aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0", "no distribution": "#cdd7e0"}
+OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0", "no distribution": "#cdd7e0"}
 PALE = frozenset({"dropped", "no distribution"})
 INK, FAINT = "#22303c", "#d5dbe1"
 
