@@ -109,9 +109,24 @@ class CaptureConfig(_Config):
     top_k: int = Field(default=10, ge=1, le=1024, description="Entries stored per position.")
     context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
     batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
-    dtype: Literal["float16", "float32"] = Field(default="float16", description="How log-probabilities are stored.")
+    codec: Literal["compact", "float16", "float32"] = Field(
+        default="compact",
+        description="How distributions are stored: 3 bytes per entry, or log-probabilities as float16 or float32.",
+    )
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
     shard_size: int = Field(default=256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_dtype(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "dtype" in values and "codec" not in values:
+            values = {("codec" if key == "dtype" else key): value for key, value in values.items()}
+        return values
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of log-probabilities as a reader of the store sees them."""
+        return "float16" if self.codec == "float16" else "float32"
 
 
 class AlignConfig(_Config):

@@ -14,6 +14,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Manifest",
     "atomic_directory",
+    "damaged_files",
     "file_checksum",
     "fingerprint_of",
     "read_manifest",
@@ -37,6 +38,7 @@ from fusejax.errors import InputError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _MAX_MANIFEST_BYTES = 200_000_000
+_NO_CHECKSUM = "0" * 32
 
 
 class Manifest(NamedTuple):
@@ -47,9 +49,10 @@ class Manifest(NamedTuple):
     settings: dict[str, Any]  # what determines the content
     parents: dict[str, str]  # name -> fingerprint
     facts: dict[str, Any]  # counts and measurements, free to differ between runs
-    files: dict[str, dict[str, Any]]  # relative path -> {"bytes": n, "xxh3": hex}
+    files: dict[str, dict[str, Any]]  # relative path -> {"bytes": n, "xxh3": hex}, shards also {"records": n}
     version: str  # of fusejax
     schema: int
+    checksum: str = ""  # xxh3-128 of the file with zeros in this place
 
 
 def fingerprint_of(value: Any) -> str:
@@ -69,12 +72,15 @@ def file_checksum(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to `path` so that a reader sees either the old file or the whole new one."""
+    _write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-            file.write("\n")
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -89,16 +95,26 @@ def write_manifest(
     settings: Mapping[str, Any],
     parents: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Checksums every file under `directory` and writes its manifest, last and atomically."""
+    """Checksums every file under `directory` and writes its manifest, last and atomically.
+
+    Args:
+      directory: of the artefact, finished but for its manifest.
+      kind, settings, parents: the artefact's identity.
+      facts: counts and measurements.
+      counts: records in each file that holds records.
+    """
     from fusejax import __version__
 
     directory = Path(directory)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
+    for name, count in (counts or {}).items():
+        files[name]["records"] = count
     identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents or {}), "schema": SCHEMA_VERSION}
     manifest = Manifest(
         kind=kind,
@@ -109,8 +125,11 @@ def write_manifest(
         files=files,
         version=__version__,
         schema=SCHEMA_VERSION,
+        checksum=_NO_CHECKSUM,
     )
-    write_json(directory / MANIFEST, manifest._asdict())
+    text = json.dumps(manifest._asdict(), indent=2, ensure_ascii=False, default=str) + "\n"
+    manifest = manifest._replace(checksum=xxhash.xxh3_128_hexdigest(text.encode()))
+    _write_whole(directory / MANIFEST, text.replace(_NO_CHECKSUM, manifest.checksum).encode())
     return manifest
 
 
@@ -140,18 +159,30 @@ def read_manifest(directory: Path, *, kind: str | None = None) -> Manifest:
 
 
 def verify_directory(directory: Path) -> list[str]:
-    """Returns what is wrong with the files a manifest lists: missing, of another size, or changed."""
+    """Returns what is wrong with an artefact: files missing, of another size or changed, and its manifest."""
+    directory = Path(directory)
+    return [f"{directory / name}: {problem}" for name, problem in damaged_files(directory).items()]
+
+
+def damaged_files(directory: Path) -> dict[str, str]:
+    """Returns {file: what is wrong with it} of an artefact; the manifest is one of its files."""
     directory = Path(directory)
     manifest = read_manifest(directory)
-    bad = []
+    bad = {}
     for name, entry in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            bad.append(f"{path}: missing")
+            bad[name] = "missing"
         elif path.stat().st_size != entry["bytes"]:
-            bad.append(f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}")
+            bad[name] = f"{path.stat().st_size} bytes, expected {entry['bytes']}"
         elif file_checksum(path) != entry["xxh3"]:
-            bad.append(f"{path}: checksum differs from the manifest")
+            bad[name] = "checksum differs from the manifest"
+    if problem := _damage_of_manifest(directory / MANIFEST, manifest):
+        bad[MANIFEST] = problem
+    return bad
+
+
+def _damage_of_manifest(path: Path, manifest: Manifest) -> str:
     identity = {
         "kind": manifest.kind,
         "settings": manifest.settings,
@@ -159,8 +190,11 @@ def verify_directory(directory: Path) -> list[str]:
         "schema": manifest.schema,
     }
     if fingerprint_of(identity) != manifest.fingerprint:
-        bad.append(f"{directory / MANIFEST}: settings do not belong to the fingerprint")
-    return bad
+        return "settings do not belong to the fingerprint"
+    blank = path.read_bytes().replace(manifest.checksum.encode() or b"-", _NO_CHECKSUM.encode())
+    if manifest.checksum and xxhash.xxh3_128_hexdigest(blank) != manifest.checksum:
+        return "its own checksum does not fit: it was changed after it was written"
+    return ""
 
 
 @contextlib.contextmanager

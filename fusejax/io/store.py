@@ -1,86 +1,56 @@
 """The distribution store: one self-describing record per document, in array_record shards.
 
-A record is a JSON header and named arrays, followed by an xxh3 checksum of both; nothing in it is executable.
-Shards hold a fixed number of documents, are written to a temporary name and renamed when complete, so a killed
-writer loses at most one shard and a rerun yields the same bytes. The manifest (last) closes the artefact.
+`fusejax.io.store_record` says what a record is. Shards hold a fixed number of documents, are written to a temporary
+name and renamed when complete, so a killed writer loses at most one shard and a rerun yields the same bytes. Beside
+them lies `lengths.npy`, the positions of every document. The manifest (last) closes the artefact.
 
-Deliberately not here yet: the 24-bit compressed entry of the byte-exact specification. It changes `pack_record`
-and `unpack_record` only; readers see the same arrays.
+Deliberately not here: compression of whole shards, which would cost random access its speed.
 """
 
-__all__ = ["Record", "RecordReader", "RecordWriter", "pack_record", "unpack_record"]
+__all__ = ["Record", "RecordReader", "RecordWriter", "damaged_records", "pack_record", "shard_index", "unpack_record"]
 
 import errno
+import functools
 import json
 import os
+import re
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import xxhash
 
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, Manifest, fingerprint_of, read_manifest, write_json, write_manifest
+from fusejax.io.store_record import Record, pack_record, record_length, unpack_record
 
-_MAGIC = b"FJR1"
 _SUFFIX = ".array_record"
 _PLAN = "unfinished.json"
-_DTYPES = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float16", "float32", "float64"}
-
-
-class Record(NamedTuple):
-    """The arrays of one document."""
-
-    doc_id: str
-    header: dict[str, Any]  # JSON scalars: n_bytes, nll_nats, ...
-    arrays: dict[str, np.ndarray]
-
-
-def pack_record(record: Record) -> bytes:
-    """Returns the bytes of a record: magic, header length, JSON header, arrays, xxh3-64 of all before."""
-    layout = {name: [str(array.dtype), list(array.shape)] for name, array in record.arrays.items()}
-    unknown = sorted({dtype for dtype, _ in layout.values()} - _DTYPES)
-    if unknown:
-        raise ValueError(f"record {record.doc_id!r} has arrays of dtype {unknown}; the store keeps {sorted(_DTYPES)}")
-    meta = {"doc_id": record.doc_id, "header": record.header, "arrays": layout}
-    head = json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()
-    body = b"".join(np.ascontiguousarray(array).tobytes() for array in record.arrays.values())
-    data = _MAGIC + struct.pack("<I", len(head)) + head + body
-    return data + struct.pack("<Q", xxhash.xxh3_64_intdigest(data))
-
-
-def unpack_record(data: bytes, *, where: str = "record") -> Record:
-    """Reads the bytes of `pack_record`; `where` names the record in the error.
-
-    Raises:
-      InputError: the checksum, the magic or the layout does not fit.
-    """
-    if len(data) < 16 or data[:4] != _MAGIC:
-        raise InputError(f"{where} is not a fusejax record; run `fusejax verify` and make the artefact again")
-    if xxhash.xxh3_64_intdigest(data[:-8]) != struct.unpack("<Q", data[-8:])[0]:
-        raise InputError(f"{where} is damaged: its checksum does not fit; delete the shard and run the stage again")
-    (length,) = struct.unpack("<I", data[4:8])
-    meta = json.loads(data[8 : 8 + length])
-    arrays, start = {}, 8 + length
-    for name, (dtype, shape) in meta["arrays"].items():
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
-        start += count * np.dtype(dtype).itemsize
-    return Record(meta["doc_id"], meta["header"], arrays)
+_LENGTHS = "lengths.npy"
 
 
 def _shard_name(index: int) -> str:
     return f"records-{index:05d}{_SUFFIX}"
 
 
+def shard_index(name: str) -> int | None:
+    """Returns the number of a shard, or None where `name` is that of another file."""
+    found = re.fullmatch(r"records-(\d+)" + re.escape(_SUFFIX), name)
+    return int(found[1]) if found else None
+
+
 class RecordWriter:
     """Writes records in order; continues where an earlier run with the same settings stopped.
 
-    `resume_at` is the number of records already kept: the caller goes on from there. Nothing is an artefact
-    until `finish` has written the manifest.
+    `resume_at` is the number of records that are kept without a gap: the caller goes on from there, or asks `has`
+    for each shard and moves with `seek`. Nothing is an artefact until `finish` has written the manifest.
+
+    Args:
+      directory: of the artefact.
+      kind, settings, parents: its identity, see `fusejax.io.manifest`.
+      shard_size: records per shard.
+      codec: see `pack_record`; it belongs into `settings` where it is a choice.
     """
 
     def __init__(
@@ -91,21 +61,25 @@ class RecordWriter:
         settings: Mapping[str, Any],
         parents: Mapping[str, str] | None = None,
         shard_size: int = 256,
+        codec: str | None = None,
     ):
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}, expected at least 1")
-        self.directory, self.kind, self.shard_size = Path(directory), kind, shard_size
+        self.directory, self.kind, self.shard_size, self.codec = Path(directory), kind, shard_size, codec
         self.settings, self.parents = dict(settings), dict(parents or {})
         plan = {"plan": fingerprint_of([kind, self.settings, self.parents, shard_size])}
         self._clear_unless(plan)
-        self._shard = sum(1 for _ in self._complete_shards())
+        self._shard = 0
+        while self.has(self._shard):
+            self._shard += 1
         self.resume_at = self._shard * shard_size
         self._pending: list[bytes] = []
+        self._lengths: dict[int, list[int]] = {}  # of the shards written here
         self.bytes_written = 0
 
     def _clear_unless(self, plan: dict[str, str]) -> None:
         path = self.directory / _PLAN
-        if path.is_file() and json.loads(path.read_text()) == plan:
+        if path.is_file() and _read_plan(path) == plan:
             for stray in self.directory.glob("*.tmp"):
                 stray.unlink()
             return
@@ -114,15 +88,19 @@ class RecordWriter:
         self.directory.mkdir(parents=True)
         write_json(path, plan)
 
-    def _complete_shards(self) -> Iterator[Path]:
-        index = 0
-        while (path := self.directory / _shard_name(index)).is_file():
-            yield path
-            index += 1
+    def has(self, shard: int) -> bool:
+        """Returns whether a shard is already in place."""
+        return (self.directory / _shard_name(shard)).is_file()
+
+    def seek(self, shard: int) -> None:
+        """Makes the next record the first of a shard."""
+        if self._pending:
+            raise ValueError(f"{len(self._pending)} records of shard {self._shard} are not written yet")
+        self._shard = shard
 
     def write(self, record: Record) -> None:
         """Adds one record; every `shard_size` records a shard is put in place."""
-        self._pending.append(pack_record(record))
+        self._pending.append(pack_record(record, codec=self.codec))
         if len(self._pending) == self.shard_size:
             self._flush()
 
@@ -144,16 +122,73 @@ class RecordWriter:
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(temporary)) from error
         os.replace(temporary, final)
         self.bytes_written += sum(map(len, self._pending))
+        self._lengths[self._shard] = [record_length(data) for data in self._pending]
         self._shard, self._pending = self._shard + 1, []
 
     def finish(self, *, facts: Mapping[str, Any] | None = None) -> Manifest:
-        """Writes the last shard and the manifest; `facts` are counts and measurements."""
+        """Writes the last shard, the lengths and the manifest; `facts` are counts and measurements.
+
+        Raises:
+          InputError: a shard of an earlier run cannot be read.
+        """
         self._flush()
+        lengths, counts, shard = [], {}, 0
+        while self.has(shard):
+            found = self._lengths.get(shard)
+            if found is None:  # made by an earlier run
+                path = self.directory / _shard_name(shard)
+                reader = _open_shard(path)
+                found = [record_length(reader.read([i])[0]) for i in range(reader.num_records())]
+                reader.close()
+            counts[_shard_name(shard)] = len(found)
+            lengths += found
+            shard += 1
+        temporary = self.directory / f".{_LENGTHS}.tmp"
+        with open(temporary, "wb") as file:
+            np.save(file, np.asarray(lengths, np.int32), allow_pickle=False)
+        os.replace(temporary, self.directory / _LENGTHS)
         (self.directory / _PLAN).unlink()
-        settings = self.settings | {"shard_size": self.shard_size}
         return write_manifest(
-            self.directory, kind=self.kind, settings=settings, parents=self.parents, facts=dict(facts or {})
+            self.directory,
+            kind=self.kind,
+            settings=self.settings | {"shard_size": self.shard_size},
+            parents=self.parents,
+            facts=dict(facts or {}),
+            counts=counts,
         )
+
+
+def _read_plan(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def _open_shard(path: Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        return ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read ({error}); make the artefact again") from error
+
+
+def damaged_records(path: Path) -> list[int] | None:
+    """Returns the records of a shard that do not pass their checksum; None: the file itself cannot be read."""
+    try:
+        reader = _open_shard(path)
+        count = reader.num_records()
+    except (InputError, RuntimeError):
+        return None
+    bad = []
+    for index in range(count):
+        try:
+            unpack_record(reader.read([index])[0])
+        except (InputError, RuntimeError):
+            bad.append(index)
+    reader.close()
+    return bad
 
 
 class RecordReader:
@@ -175,18 +210,26 @@ class RecordReader:
 
     def _open(self, shard: int) -> Any:
         if self._readers[shard] is None:
-            from array_record.python.array_record_module import ArrayRecordReader
-
-            try:
-                self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), "readahead_buffer_size:0")
-            except RuntimeError as error:
-                raise InputError(f"{self._paths[shard]} cannot be read ({error}); make the artefact again") from error
+            self._readers[shard] = _open_shard(self._paths[shard])
         return self._readers[shard]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[records] int64, positions of every document, without decoding any."""
+        if _LENGTHS in self.manifest.files:
+            with open(self.directory / _LENGTHS, "rb") as file:
+                return np.load(file, allow_pickle=False).astype(np.int64)
+        return np.array([record_length(self._data(i)[0]) for i in range(len(self))], np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Record:
+        data, where = self._data(index)
+        return unpack_record(data, where=where)
+
+    def _data(self, index: int) -> tuple[bytes, str]:
+        """The bytes of a record, and its name for messages."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.directory}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -196,7 +239,7 @@ class RecordReader:
             (data,) = self._open(shard).read([within])
         except RuntimeError as error:
             raise InputError(f"{where} is damaged ({error}); delete the shard and run the stage again") from error
-        return unpack_record(data, where=where)
+        return data, where
 
     def __iter__(self) -> Iterator[Record]:
         for index in range(len(self)):
