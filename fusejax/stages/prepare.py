@@ -1,6 +1,6 @@
 """prepare: read documents, cut long ones, drop duplicates, split, and keep them as artefact A0."""
 
-__all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare"]
+__all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare", "sample_documents"]
 
 import dataclasses
 import itertools
@@ -120,13 +120,18 @@ def _inputs(corpus: CorpusConfig) -> dict[str, str]:
     return found
 
 
+def sample_documents(documents: Iterable[Document]) -> list[Document]:
+    """Orders documents by a hash of their ids: a first part of them is a sample that spreads over all."""
+    return sorted(documents, key=lambda d: (xxhash.xxh3_64_intdigest(d.id.encode(), seed=1), d.id))
+
+
 def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
-    """Keeps up to `max_bytes` of text of each domain: a sample that does not depend on the order of documents."""
+    """Keeps a sample of up to `max_bytes` of text of each domain, in the order given."""
     if max_bytes is None:
         return documents
     used: dict[str, int] = {}
     kept = set()
-    for document in sorted(documents, key=lambda d: (xxhash.xxh3_64_intdigest(d.split_key.encode(), seed=1), d.id)):
+    for document in sample_documents(documents):
         size = used.get(document.domain, 0) + document.n_bytes
         if size <= max_bytes:
             used[document.domain] = size

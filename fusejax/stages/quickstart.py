@@ -23,7 +23,7 @@ from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig
 from fusejax.stages.command import Result, parser
 from fusejax.stages.context import Run, finished
-from fusejax.stages.prepare import embedded_documents, prepare
+from fusejax.stages.prepare import embedded_documents, prepare, sample_documents
 from fusejax.stages.pretrain import pretrain
 from fusejax.stages.run import STAGES
 
@@ -40,7 +40,7 @@ class Scale(NamedTuple):
     width: int = 128
     layers: int = 4
     seq_len: int = 256
-    batch_size: int = 8
+    batch_size: int = 2  # on few tokens many small steps learn more than few large ones
 
 
 FULL = Scale()
@@ -96,7 +96,7 @@ def quickstart(out: Path, *, scale: Scale, seed: int, cache: Path) -> dict[str, 
 def _config(out: Path, scale: Scale, seed: int, *, models: dict[str, Path]) -> RunConfig:
     """The configuration of the run; a copy is written beside its artefacts, for `fusejax run`."""
     names = list(models)[:-1] or ["unknown"]
-    tokens = scale.batch_size * scale.seq_len * 2
+    tokens = 16 * scale.seq_len
     return RunConfig.model_validate(
         {
             "output": str(out),
@@ -116,8 +116,9 @@ def _config(out: Path, scale: Scale, seed: int, *, models: dict[str, Path]) -> R
                 "seq_len": scale.seq_len,
                 "learning_rate": FUSION_LEARNING_RATE,
                 "warmup_ratio": 0.05,
-                "checkpoint_every": 50,
-                "log_every": 5,
+                "remat": "dots",
+                "checkpoint_every": 200,
+                "log_every": 10,
             },
             "merge": {"method": "sce"},
             "evaluate": {"context": scale.seq_len, "batch_tokens": tokens},
@@ -126,18 +127,18 @@ def _config(out: Path, scale: Scale, seed: int, *, models: dict[str, Path]) -> R
 
 
 def _pretraining_texts(run: Run, scale: Scale) -> dict[str, list[Document]]:
-    """Documents by domain that no split of the run's corpus holds."""
+    """Pieces of documents, by domain, that no split of the run's corpus holds; none of a held-out document."""
     from fusejax.data.corpus import read_corpus, split_documents
 
-    used = {d.split_key for name in ("train", "valid", "test") for d in read_corpus(run.corpus_dir, name)}
+    used = {document.id for document in read_corpus(run.corpus_dir, "train")}
     found = {}
     for domain, documents in embedded_documents(scale.corpus_bytes).items():
         options = run.config.corpus
         train = split_documents(
             documents, valid=options.valid_fraction, test=options.test_fraction, seed=run.config.seed
         )["train"]
-        rest = [document for document in train if document.split_key not in used]
-        found[domain] = list(cut_documents(rest, max_bytes=scale.seq_len * 2))
+        pieces = cut_documents(train, max_bytes=options.max_document_bytes)
+        found[domain] = sample_documents([piece for piece in pieces if piece.id not in used])
     return found
 
 
