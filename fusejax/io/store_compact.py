@@ -1,9 +1,14 @@
 """The arrays of a compact record: what is stored of each, and how it comes back.
 
 Entries are packed as in `fusejax.io.store_entries`. Everything else is a side stream, and all side streams are
-deflated together, bytes of equal weight side by side: residual and realised log-probabilities as float16, byte ends
-as differences, labels as their rank among the entries (spelt out where they are not there). Tokens that are the
-labels shifted by one are not stored. All other arrays are stored as they are.
+deflated together, bytes of equal weight side by side:
+
+* labels as their rank among the entries, spelt out where they are not there; tokens that are the labels shifted by
+  one are not stored; byte ends as differences;
+* the residual as float16 with a mantissa of six bits (its error counts with its own mass only);
+* the realised log-probability of a label among the entries as one byte, the distance from the decoded entry in
+  1/512 nats; of any other label, and of the source's in an aligned record, as float16;
+* all other arrays as they are.
 """
 
 import math
@@ -19,10 +24,12 @@ from fusejax.io.store_entries import decode_entries, encode_entries, mass_outsid
 __all__ = ["ENTRIES", "HALF", "deflate", "inflate", "pack_arrays", "unpack_arrays"]
 
 ENTRIES = (("topk_ids", "topk_logprobs"), ("ids", "logprobs"))
-HALF = ("residual_logprob", "realised_logprob", "source_realised")
-_RESIDUAL = "residual_logprob"
+_RESIDUAL, _REALISED = "residual_logprob", "realised_logprob"
+HALF = (_RESIDUAL, _REALISED, "source_realised")
 _DIFFERENCES = ("byte_ends", "source_byte_ends")
 _MISSED = 255  # the rank of a label that is not among the first 255 entries
+_STEP, _SPELT = 1 / 512, -128  # nats per unit of a realised distance; the code of one that is spelt out
+_DROPPED_BITS = 4  # of the residual's float16 mantissa
 _MASS_TOLERANCE = 1e-3  # beyond it the mass of the entries is stored beside the residual
 
 Layout = dict[str, list[Any]]  # name -> [dtype, shape, what its reader must know]
@@ -47,63 +54,72 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, bytes]:
     """
     layout: Layout = {}
     side: list[bytes] = []
-    entries, ids = b"", None
-    # Entries come first: labels are told by their rank among them.
-    for ids_name, logprobs_name in ENTRIES:
-        if ids_name in arrays and logprobs_name in arrays:
-            ids = arrays[ids_name]
-            entries, extra = _pack_entries(ids, arrays[logprobs_name], arrays.get(_RESIDUAL), side)
-            layout[ids_name] = [str(ids.dtype), list(ids.shape), *extra]
-            layout[logprobs_name] = ["float32", list(ids.shape)]
+    packed, entries = b"", None
+    given = arrays.get(_RESIDUAL)
+    if given is not None:
+        arrays = {**arrays, _RESIDUAL: _shortened(given)}
+    # Entries come first: labels and what was realised are told by them, as the reader will see them.
+    for names in ENTRIES:
+        if names[0] in arrays and names[1] in arrays:
+            packed, entries = _pack_entries(names, arrays, given, layout, side)
             break
+    ranks = _ranks(arrays, entries[0]) if entries else None
     for name, array in arrays.items():
         if name in layout or (name == "tokens" and _is_shifted(arrays)):
             continue
         layout[name] = [str(array.dtype), list(array.shape)]
+        spelt: np.ndarray | None = None
         if name in HALF:
             layout[name][0] = "float32"
             array = array.astype(np.float16)
+            if name == _REALISED and entries and ranks is not None:
+                array, spelt = _distances(arrays[name], ranks, entries[1])
         elif name in _DIFFERENCES:
             array = _small(np.diff(array, prepend=array.dtype.type(0)))
             layout[name].append(str(array.dtype))
-        elif name == "labels" and ids is not None and len(ids) == len(array):
-            array, missed = _ranks(array, ids)
-            layout[name] += [len(missed), str(missed.dtype)]
-            side.append(_planes(missed))
+        elif name == "labels" and ranks is not None:
+            array, spelt = ranks, _small(array[ranks == _MISSED])
+        if spelt is not None:
+            layout[name] += [len(spelt), str(spelt.dtype)]
+            side.append(_planes(spelt))
         side.append(_planes(array))
     if "tokens" in arrays and "tokens" not in layout:
         tokens = arrays["tokens"]
         layout["tokens"] = [str(tokens.dtype), list(tokens.shape), int(tokens[0])]
-    return layout, struct.pack("<I", len(entries)) + entries + deflate(b"".join(side))
+    return layout, struct.pack("<I", len(packed)) + packed + deflate(b"".join(side))
 
 
 def unpack_arrays(layout: Layout, body: memoryview) -> dict[str, np.ndarray]:
     """Reads the bytes of `pack_arrays`."""
     (length,) = struct.unpack("<I", body[:4])
     packed, side = body[4 : 4 + length], _Side(inflate(body[4 + length :]))
-    ids_name, logprobs_name = next((pair for pair in ENTRIES if pair[0] in layout), ("", ""))
-    rows = _take_rows(layout[ids_name], side) if ids_name else None
+    names = next((pair for pair in ENTRIES if pair[0] in layout), None)
+    rows = _take_rows(layout[names[0]], side) if names else None
     arrays: dict[str, np.ndarray] = {}
-    labels: tuple[np.ndarray, np.ndarray] | None = None
+    later: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # what needs the entries: codes, and what is spelt out
     for name, (dtype, shape, *extra) in layout.items():
-        if name in (ids_name, logprobs_name) or (name == "tokens" and extra):
+        if (names and name in names) or (name == "tokens" and extra):
             continue
-        if name in HALF:
-            arrays[name] = side.take(shape, "float16").astype(dtype)
-        elif name in _DIFFERENCES:
+        if name in _DIFFERENCES:
             arrays[name] = np.cumsum(side.take(shape, extra[0]), dtype=dtype)
-        elif name == "labels" and extra:
-            missed = side.take(extra[:1], extra[1])
-            labels = side.take(shape, "uint8"), missed
+        elif extra:
+            spelt = side.take(extra[:1], extra[1])
+            later[name] = side.take(shape, "uint8" if name == "labels" else "int8"), spelt
         else:
-            arrays[name] = side.take(shape, dtype)
-    if rows is not None:
-        residual = arrays.get(_RESIDUAL)
-        arrays[ids_name], arrays[logprobs_name] = _unpack_entries(layout[ids_name], packed, rows, residual)
-    if labels is not None:
-        arrays["labels"] = _labels_of(*labels, arrays[ids_name]).astype(layout["labels"][0])
+            arrays[name] = side.take(shape, "float16" if name in HALF else dtype).astype(dtype, copy=False)
+    if names and rows is not None:
+        ids, logprobs = _unpack_entries(layout[names[0]], packed, rows, arrays.get(_RESIDUAL))
+        arrays[names[0]], arrays[names[1]] = ids, logprobs
+        for name, (codes, spelt) in later.items():
+            there = np.flatnonzero(codes != (_MISSED if name == "labels" else _SPELT))
+            arrays[name] = np.empty(len(codes), layout[name][0])
+            arrays[name][np.setdiff1d(np.arange(len(codes)), there, assume_unique=True)] = spelt
+            ranks = later["labels"][0][there]
+            found = (ids if name == "labels" else logprobs).reshape(len(codes), -1)[there, ranks]
+            arrays[name][there] = found if name == "labels" else found + codes[there] * np.float32(_STEP)
     if "tokens" in layout and "tokens" not in arrays:
-        arrays["tokens"] = np.concatenate([[layout["tokens"][2]], arrays["labels"][:-1]]).astype(layout["tokens"][0])
+        dtype, _, first = layout["tokens"]
+        arrays["tokens"] = np.concatenate([[first], arrays["labels"][:-1]]).astype(dtype)
     return arrays
 
 
@@ -143,47 +159,64 @@ def _is_shifted(arrays: Mapping[str, np.ndarray]) -> bool:
     return labels is not None and 0 < len(tokens) == len(labels) and np.array_equal(tokens[1:], labels[:-1])
 
 
-def _ranks(labels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rank of each label [N] among the entries of its row, uint8, and the labels that are not there."""
+def _shortened(residual: np.ndarray) -> np.ndarray:
+    """The residual rounded to what is stored of it."""
+    bits = residual.astype(np.float16).view(np.uint16).astype(np.uint32)
+    finite = np.isfinite(residual)
+    rounded = (bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS << _DROPPED_BITS
+    return np.where(finite, rounded, bits).astype(np.uint16).view(np.float16)
+
+
+def _ranks(arrays: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray | None:
+    """[N] uint8, the rank of each label among the entries of its row, or `_MISSED`; None without labels."""
+    labels = arrays.get("labels")
+    if labels is None or labels.ndim != 1 or len(ids) != len(labels) or not ids.size:
+        return None
     found = ids.reshape(len(labels), -1)[:, :_MISSED] == labels[:, None]
-    if not found.size:
-        return np.full(len(labels), _MISSED, np.uint8), _small(labels)
-    there = found.any(axis=1)
-    return np.where(there, found.argmax(axis=1), _MISSED).astype(np.uint8), _small(labels[~there])
+    return np.where(found.any(axis=1), found.argmax(axis=1), _MISSED).astype(np.uint8)
 
 
-def _labels_of(ranks: np.ndarray, missed: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Undoes `_ranks`."""
-    flat = ids.reshape(len(ranks), -1)
-    there = ranks != _MISSED
-    labels = np.empty(len(ranks), np.int64)
-    labels[there] = flat[np.flatnonzero(there), ranks[there]]
-    labels[~there] = missed
-    return labels
+def _distances(realised: np.ndarray, ranks: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N] int8 steps from the decoded entry to what was realised, and the others as float16."""
+    flat = logprobs.reshape(len(ranks), -1)
+    decoded = flat[np.arange(len(ranks)), np.minimum(ranks, flat.shape[1] - 1)]
+    with np.errstate(invalid="ignore"):
+        steps = np.rint((realised.astype(np.float32) - decoded) * np.float32(1 / _STEP))
+        near = (ranks != _MISSED) & (np.abs(steps) < -_SPELT)
+    return np.where(near, steps, np.float32(_SPELT)).astype(np.int8), realised[~near].astype(np.float16)
 
 
 def _pack_entries(
-    ids: np.ndarray, logprobs: np.ndarray, residual: np.ndarray | None, side: list[bytes]
-) -> tuple[bytes, list[int]]:
-    """The entries' bytes, and [bytes per entry, used rows, whether their mass is stored]."""
-    flat_ids, flat = ids.reshape(-1, ids.shape[-1]), logprobs.reshape(-1, ids.shape[-1]).astype(np.float32)
+    names: tuple[str, str],
+    arrays: Mapping[str, np.ndarray],
+    given: np.ndarray | None,
+    layout: Layout,
+    side: list[bytes],
+) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
+    """The entries' bytes, and ids and log-probabilities as they will be read."""
+    ids, residual = arrays[names[0]], arrays.get(_RESIDUAL)
+    flat_ids = ids.reshape(-1, ids.shape[-1])
+    flat = arrays[names[1]].reshape(flat_ids.shape).astype(np.float32)
     used = np.asarray((flat_ids >= 0).any(axis=1))
-    count = int(used.sum())
-    if count < len(used):
+    count, log_mass = int(used.sum()), None
+    some = None if count == len(used) else used
+    if some is not None:
         side.append(np.packbits(used).tobytes())
         flat_ids, flat = flat_ids[used], flat[used]
     packed, width = encode_entries(flat_ids, flat)
     total = np.exp(flat).sum(axis=1, dtype=np.float64)
-    explicit = residual is None or bool(np.any(np.abs(total - _mass(residual, used)) > _MASS_TOLERANCE))
-    if explicit:
+    if given is None or np.any(np.abs(total - _mass(given, used)) > _MASS_TOLERANCE):
         with np.errstate(divide="ignore"):
-            side.append(_planes(np.log(total).astype(np.float16)))
-    return packed, [width, count, int(explicit)]
+            log_mass = np.log(total).astype(np.float16)
+        side.append(_planes(log_mass))
+    layout[names[0]] = [str(ids.dtype), list(ids.shape), width, count, int(log_mass is not None)]
+    layout[names[1]] = ["float32", list(ids.shape)]
+    return packed, _unpack_entries(layout[names[0]], memoryview(packed), (some, log_mass), residual)
 
 
 def _mass(residual: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """What a reader takes for the entries' mass in the used rows."""
-    return np.exp(mass_outside(residual.astype(np.float16).reshape(-1)[used]))
+    """What the residual leaves for the entries in the used rows."""
+    return np.exp(mass_outside(residual.reshape(-1)[used]))
 
 
 def _take_rows(layout: list[Any], side: _Side) -> tuple[np.ndarray | None, np.ndarray | None]:
