@@ -1,7 +1,11 @@
 """A whole run in miniature: text files, tokenizers and random models that a test can afford."""
 
+import atexit
 import dataclasses
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -73,12 +77,21 @@ def make_model(directory: Path, *, kind: str, seed: int, vocab_size: int = 340, 
     return directory
 
 
+@functools.cache
+def _models() -> Path:
+    """The three models, made once per test process."""
+    place = Path(tempfile.mkdtemp(prefix="fusejax-tiny-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    make_model(place / "target", kind="spm_bpe", seed=2)
+    make_model(place / "a", kind="byte_bpe", seed=3)
+    make_model(place / "b", kind="unigram", seed=4, padded=7)
+    return place
+
+
 def make_config(root: Path, **changes) -> RunConfig:
-    """Two sources and a target with three different tokenizers, one fusion and a merge with the baseline."""
+    """Two sources and a target with three different tokenizers, two fusions and their merge."""
     data = write_jsonl(root / "train.jsonl", texts(60, seed=1))
-    make_model(root / "target", kind="spm_bpe", seed=2)
-    make_model(root / "a", kind="byte_bpe", seed=3)
-    make_model(root / "b", kind="unigram", seed=4, padded=7)
+    shutil.copytree(_models(), root, dirs_exist_ok=True)
     values = {
         "output": str(root / "run"),
         "target": str(root / "target"),
