@@ -81,6 +81,13 @@ class TextSource(_Config):
     limit: int | None = Field(default=None, ge=1, description="Read at most this many documents.")
     limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
 
+    @field_validator("domain")
+    @classmethod
+    def _no_column_of_the_table(cls, domain: str) -> str:
+        if domain == "mean":
+            raise ValueError("a domain may not be called 'mean': that is the table's mean over domains")
+        return domain
+
 
 class CorpusConfig(_Config):
     """The text of a run."""
@@ -173,6 +180,12 @@ class LossConfig(_Config):
         default=256, ge=1, description="Gathered token ids per position; larger groups join the rest."
     )
 
+    @model_validator(mode="after")
+    def _possible(self) -> "LossConfig":
+        if self.divergence == "reverse_kl" and self.tail != "bucket":
+            raise ValueError(f"divergence reverse_kl is infinite without a rest: it needs tail bucket, got {self.tail}")
+        return self
+
 
 class TrainConfig(_Config):
     """Training the target."""
@@ -236,7 +249,9 @@ class RunConfig(_Config):
     corpus: CorpusConfig
     capture: CaptureConfig = CaptureConfig()
     align: AlignConfig = AlignConfig()
-    fusions: tuple[FusionConfig, ...] = Field(default=(FusionConfig(),), description="Fusions; each trains one target.")
+    fusions: tuple[FusionConfig, ...] = Field(
+        default=(FusionConfig(),), min_length=1, description="Fusions; each trains one target."
+    )
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -250,30 +265,47 @@ class RunConfig(_Config):
         for kind, found in (("sources", names), ("fusions", fusions)):
             if len(set(found)) < len(found):
                 raise ValueError(f"{kind} must have different names, got {found}; set `name`")
-        reserved = {"target", "clm", "merged", "ensemble"}
+        reserved = {"base", "target", "clm", "merged", "ensemble"}
         if bad := reserved & set(fusions):
             raise ValueError(f"fusion names {sorted(bad)} are reserved")
         for fusion in self.fusions:
+            if len(set(fusion.sources)) < len(fusion.sources):
+                raise ValueError(f"fusion {fusion.name!r} names a source twice: {list(fusion.sources)}")
+            if fusion.include_target and "target" in names:
+                raise ValueError("a source may not be called 'target' beside include_target; set `name`")
             for name in fusion.sources:
                 if name not in names:
                     raise ValueError(f"fusion {fusion.name!r} names source {name!r}; sources are {names}")
-        if self.merge and (bad := set(self.merge.targets) - set(fusions) - {"clm"}):
-            raise ValueError(f"merge names targets {sorted(bad)}; fusions are {fusions}")
+        trained = fusions + ["clm"] * self.train.baseline
+        if self.merge and (bad := set(self.merge.targets) - set(trained)):
+            raise ValueError(f"merge names targets {sorted(bad)}; trained are {trained}")
         if self.loss.clm_weight + self.loss.fusion_weight <= 0:
             raise ValueError("clm_weight and fusion_weight are both 0: nothing would be trained")
         return self
 
+    @model_validator(mode="after")
+    def _rows_divide(self) -> "RunConfig":
+        rows, cuts = self.train.batch_size, self.train.accumulation * self.mesh.data * self.mesh.fsdp
+        if rows % cuts:
+            raise ValueError(
+                f"train.batch_size {rows} must be a multiple of train.accumulation * mesh.data * mesh.fsdp = {cuts}"
+            )
+        return self
+
 
 def _explain(error: ValidationError, where: str) -> InputError:
-    lines = []
-    for item in error.errors():
+    lines, found = [], error.errors()
+    for item in found:
         path = ".".join(map(str, item["loc"]))
+        inner = any(other["loc"][: len(item["loc"])] == item["loc"] for other in found if other is not item)
+        if item["type"] == "too_short" and inner:
+            continue  # the tuple is short only because its entries are wrong
         if item["type"] == "extra_forbidden":
             known = _fields_at(RunConfig, item["loc"][:-1])
             lines.append(f"{path}: unknown key.{nearest(str(item['loc'][-1]), known)} Known: {', '.join(known)}")
         else:
             shown = f", got {item['input']!r}" if not isinstance(item["input"], dict) else ""
-            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}")
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": "))
     return InputError(f"{where} is not a valid configuration:\n  " + "\n  ".join(lines))
 
 
