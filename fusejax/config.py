@@ -148,6 +148,9 @@ class AlignConfig(_Config):
     chain: bool = Field(
         default=False, description="Also supervise long realised tokens by the source's probability of their bytes."
     )
+    calibration_bytes: int = Field(
+        default=2_000_000, ge=0, description="Text on which coarse symbols that disagree are joined; 0: none are."
+    )
 
 
 class FusionConfig(_Config):

@@ -1,6 +1,9 @@
 """Alignment: distributions from one tokenizer's tokens and positions to another's, by bytes."""
 
+from fusejax.alignment.calibration import count_symbols, join_symbols
+from fusejax.alignment.conditioning import Conditioner
 from fusejax.alignment.document import AlignedDocument, align_document
+from fusejax.alignment.opening import Opening
 from fusejax.alignment.positions import align_positions
 from fusejax.alignment.report import DocumentReport, report_document, summary
 from fusejax.alignment.transport import transport
@@ -9,12 +12,16 @@ from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_group
 __all__ = [
     "AlignedDocument",
     "ByteVocabulary",
+    "Conditioner",
     "DocumentReport",
+    "Opening",
     "align_document",
     "align_positions",
     "coarse_map",
+    "count_symbols",
     "event_groups",
     "exact_map",
+    "join_symbols",
     "padded_map",
     "report_document",
     "summary",

@@ -5,8 +5,12 @@ This joins positions, vocabulary map and transport in the form in which artefact
 target's `tokens`, `labels`, `byte_ends`, then `ids`, `logprobs`, `residual_logprob`, `status`, and the source's
 `source_byte_ends`, `source_realised`, which weigh sources by bits per byte later).
 
-A position is `ALIGNED` when a source position ends at its byte and some of its mass has a symbol; every other
-position is `DROPPED`: empty, trained by plain CLM. Conditioning on part of a source token is not done here.
+A position is `ALIGNED` when a source position ends at its byte and some of its mass has a symbol, `CONDITIONED`
+when a `Conditioner` is given and finds mass for it; every other position is `DROPPED`: empty, trained by plain CLM.
+
+A *chain* is the source's probability of a whole target token: where the token is longer than its symbol and both
+sides have a boundary at its two ends, the sum of the source's realised log-probabilities over that span. The
+distribution over symbols only supervises the token's beginning there; the chain gives back the rest of it.
 """
 
 from collections.abc import Mapping
@@ -14,13 +18,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fusejax.alignment.conditioning import Conditioner
+from fusejax.alignment.opening import Opening
 from fusejax.alignment.positions import align_positions
-from fusejax.alignment.report import ALIGNED, DROPPED, DocumentReport, report_document
+from fusejax.alignment.report import ALIGNED, CONDITIONED, DROPPED, DocumentReport, report_document
 from fusejax.alignment.transport import transport
 from fusejax.errors import InputError
 from fusejax.types import Array, TopK, VocabMap
 
-__all__ = ["AlignedDocument", "Encoding", "align_document"]
+__all__ = ["AlignedDocument", "Encoding", "align_document", "chain_logprobs"]
 
 
 class Encoding(Protocol):
@@ -42,7 +48,7 @@ class Encoding(Protocol):
 class AlignedDocument(NamedTuple):
     """An aligned record (artefact A3) and what happened on the way."""
 
-    header: dict[str, Any]  # n_bytes, source_nll_nats, aligned, dropped
+    header: dict[str, Any]  # n_bytes, source_nll_nats, aligned, conditioned, dropped
     arrays: dict[str, Array]
     report: DocumentReport
 
@@ -57,6 +63,9 @@ def align_document(
     dtype: str = "float32",
     exact: bool = True,
     doc_id: str = "",
+    opening: Opening | None = None,
+    conditioner: Conditioner | None = None,
+    chain: bool = False,
 ) -> AlignedDocument:
     """Carries one captured document to the target's positions and symbols.
 
@@ -69,6 +78,9 @@ def align_document(
       dtype: of the stored log-probabilities.
       exact: whether both encodings' byte ends are exact, for the report.
       doc_id: for messages and the report.
+      opening: names tokens where one side begins with a dummy space; None: the map holds there too.
+      conditioner: fills positions inside a source token; None: they stay empty.
+      chain: also store `chain_logprob`.
 
     Returns:
       The aligned record and its report.
@@ -84,7 +96,23 @@ def align_document(
     index = align_positions(source["byte_ends"], target.byte_ends)
     stored = TopK(source["topk_ids"], source["topk_logprobs"], source["residual_logprob"])
     moved = transport(stored, index, vocab_map, max_entries=max_entries)
+    first = None
+    if opening is not None:
+        first = opening(source["labels"], source["byte_ends"], target.labels, target.byte_ends, index)
+    if first is not None:
+        row, table = first
+        only = transport(
+            stored, index[row : row + 1], vocab_map._replace(symbol_of_source=table), max_entries=max_entries
+        )
+        for whole, part in zip(moved, only, strict=True):
+            whole[row] = part[0]
     status = np.where((moved.ids >= 0).any(axis=1), ALIGNED, DROPPED).astype(np.int8)
+    kept = _kept(stored, moved, index)
+    if conditioner is not None:
+        found = conditioner(source, target.byte_ends, index, entries=moved.ids.shape[1])
+        for whole, part in zip(moved, found.topk, strict=True):
+            whole[found.rows] = part
+        status[found.rows] = np.where((found.topk.ids >= 0).any(axis=1), CONDITIONED, DROPPED)
     report = report_document(
         source["labels"],
         target.labels,
@@ -92,10 +120,11 @@ def align_document(
         index,
         vocab_map,
         status=status,
-        kept=_kept(stored, moved, index),
+        kept=kept,
         n_bytes=target.n_bytes,
         exact=exact,
         doc_id=doc_id,
+        opening=first,
     )
     realised = np.asarray(source["realised_logprob"])
     arrays = {
@@ -109,13 +138,39 @@ def align_document(
         "source_byte_ends": np.asarray(source["byte_ends"], np.int32),
         "source_realised": realised,
     }
+    if chain:
+        symbols = np.asarray(vocab_map.symbol_of_target)[arrays["labels"]]
+        found = chain_logprobs(realised, index, arrays["byte_ends"], needed=symbols != arrays["labels"])
+        arrays["chain_logprob"] = np.where(status == ALIGNED, found, -np.inf).astype(dtype)
     header = {
         "n_bytes": target.n_bytes,
         "source_nll_nats": float(-realised.astype(np.float64).sum()),
         "aligned": report.aligned,
+        "conditioned": report.conditioned,
         "dropped": report.dropped,
     }
     return AlignedDocument(header, arrays, report)
+
+
+def chain_logprobs(source_realised: Array, source_index: Array, target_ends: Array, *, needed: Array) -> Array:
+    """The source's log-probability of the target's true next token, where both sides have a boundary at its end.
+
+    Args:
+      source_realised: [T_s] nats, the source's log-probability of its own next token.
+      source_index: [T] int32, the aligned source positions, -1: none.
+      target_ends: [T] byte ends of the target positions, before the label is read.
+      needed: [T] bool, where a chain is wanted (the label is longer than its symbol).
+
+    Returns:
+      [T] float64 nats; -inf where there is no chain.
+    """
+    before = np.concatenate([[0.0], np.cumsum(np.asarray(source_realised, np.float64))])
+    index, ends = np.asarray(source_index), np.asarray(target_ends)
+    chains = np.full(index.size, -np.inf)
+    if index.size > 1:
+        both = needed[:-1] & (index[:-1] >= 0) & (index[1:] >= 0) & (ends[1:] > ends[:-1])
+        chains[:-1][both] = before[index[1:][both]] - before[index[:-1][both]]
+    return chains
 
 
 def _kept(stored: TopK, moved: TopK, index: Array) -> Array:

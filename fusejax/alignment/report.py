@@ -15,7 +15,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, VocabMap
 
-__all__ = ["ALIGNED", "CONDITIONED", "DROPPED", "DocumentReport", "Span", "report_document", "summary"]
+__all__ = ["ALIGNED", "CONDITIONED", "DROPPED", "DocumentReport", "Span", "report_document", "summary", "true_symbols"]
 
 DROPPED, ALIGNED, CONDITIONED = 0, 1, 2
 WORST_PER_DOCUMENT = 3
@@ -58,6 +58,7 @@ def report_document(
     n_bytes: int | None = None,
     exact: bool = True,
     doc_id: str = "",
+    opening: tuple[int, Array] | None = None,
 ) -> DocumentReport:
     """Counts what the alignment of one document did.
 
@@ -72,6 +73,7 @@ def report_document(
       n_bytes: length of the document; None: the last byte end.
       exact: whether both sides' byte ends are sums of token bytes.
       doc_id: named in the worst spans.
+      opening: a position and the symbols [V_s] of source tokens there (`fusejax.alignment.opening`).
 
     Returns:
       The sums.
@@ -80,11 +82,8 @@ def report_document(
     status = np.where(paired, ALIGNED, DROPPED) if status is None else np.asarray(status)
     ends = np.asarray(target_ends, np.int64)
     size = int(ends[-1]) if n_bytes is None and ends.size else int(n_bytes or 0)
-    of_source, of_target = np.asarray(vocab_map.symbol_of_source), np.asarray(vocab_map.symbol_of_target)
-    own = of_target[np.asarray(target_labels)]
-    agreed = np.zeros(ends.size, bool)
-    agreed[paired] = of_source[np.asarray(source_labels)[np.asarray(source_index)[paired]]] == own[paired]
-    agreed &= own >= 0
+    own = np.asarray(vocab_map.symbol_of_target)[np.asarray(target_labels)]
+    agreed = (true_symbols(source_labels, source_index, vocab_map, opening=opening) == own) & (own >= 0)
     aligned = status == ALIGNED
     return DocumentReport(
         documents=1,
@@ -99,6 +98,20 @@ def report_document(
         mass_kept=float("nan") if kept is None else float(np.asarray(kept, np.float64)[aligned].sum()),
         worst=_worst_spans(~(agreed & aligned), ends, size, doc_id),
     )
+
+
+def true_symbols(
+    source_labels: Array, source_index: Array, vocab_map: VocabMap, *, opening: tuple[int, Array] | None = None
+) -> Array:
+    """Returns the symbol [T] int32 of the source's true next token at each target position; -1: none."""
+    index = np.asarray(source_index)
+    symbols = np.full(index.size, -1, np.int32)
+    paired = index >= 0
+    symbols[paired] = np.asarray(vocab_map.symbol_of_source)[np.asarray(source_labels)[index[paired]]]
+    if opening is not None:
+        row, table = opening
+        symbols[row] = table[source_labels[index[row]]]
+    return symbols
 
 
 def summary(reports: Iterable[DocumentReport], *, worst: int = 10) -> dict[str, Any]:

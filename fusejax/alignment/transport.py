@@ -6,7 +6,7 @@ mass of a position is the same before and after. Everything is one vectorised pa
 document; two row sorts of packed 64-bit keys (symbol and column, then probability and symbol) do the work.
 
 Not done here: positions that are not aligned. They come out empty (ids -1, logprobs -inf, all mass in the
-residual), which the loss reads as "no distribution: plain CLM".
+residual), which the loss reads as "no distribution: plain CLM". `conditioning` may fill them.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, TopK, VocabMap
 
-__all__ = ["transport"]
+__all__ = ["sum_symbols", "transport"]
 
 
 def transport(source: TopK, alignment: Array, vocab_map: VocabMap, *, max_entries: int | None = None) -> TopK:
@@ -47,23 +47,37 @@ def transport(source: TopK, alignment: Array, vocab_map: VocabMap, *, max_entrie
     rows = alignment[used]
     if not rows.size:
         return result
-    found, sums, rest = _symbol_sums(ids[rows], logprobs[rows], symbol_of_source)
-    found, sums, dropped = _most_likely(found, sums, entries)
-    width = found.shape[1]
-    with np.errstate(divide="ignore"):
-        result.ids[used, :width] = found
-        result.logprobs[used, :width] = np.log(sums)
-        outside = np.exp(residual[rows].astype(np.float64)) + rest + dropped
-        result.residual_logprob[used] = np.log(outside)
+    ids, probability = ids[rows], np.exp(logprobs[rows].astype(np.float32))
+    symbols = np.where((ids >= 0) & (probability > 0), symbol_of_source[np.maximum(ids, 0)], np.int32(-1))
+    unmapped = np.where((symbols < 0) & (ids >= 0), probability, np.float32(0)).sum(axis=1, dtype=np.float64)
+    moved = sum_symbols(symbols, probability, np.exp(residual[rows].astype(np.float64)) + unmapped, entries=entries)
+    for whole, part in zip(result, moved, strict=True):
+        whole[used] = part
     return result
 
 
-def _symbol_sums(ids: Array, logprobs: Array, symbol_of_source: Array) -> tuple[Array, Array, Array]:
-    """Sums probabilities per symbol: symbols [n, K] (-1 unused), sums [n, K] float32, unmapped mass [n] float64."""
-    count, width = ids.shape
-    probability = np.exp(logprobs.astype(np.float32))
-    symbols = np.where((ids >= 0) & (probability > 0), symbol_of_source[np.maximum(ids, 0)], np.int32(-1))
-    unmapped = np.where((symbols < 0) & (ids >= 0), probability, np.float32(0)).sum(axis=1, dtype=np.float64)
+def sum_symbols(symbols: Array, probability: Array, outside: Array, *, entries: int) -> TopK:
+    """Makes one event of all entries with the same symbol and keeps the most likely events.
+
+    Args:
+      symbols: [n, K] int32, the symbol of every entry; -1: not an event.
+      probability: [n, K] float32.
+      outside: [n] float64, the probability outside the entries that have a symbol.
+      entries: E, events kept; the others join the residual.
+
+    Returns:
+      TopK: `ids [n, E]`, `logprobs [n, E]` descending, `residual_logprob [n]`.
+    """
+    found, sums, dropped = _most_likely(*_symbol_sums(symbols, probability), entries)
+    spare = ((0, 0), (0, entries - found.shape[1]))
+    with np.errstate(divide="ignore"):
+        logprobs, rest = np.log(sums), np.log(outside + dropped).astype(np.float32)
+    return TopK(np.pad(found, spare, constant_values=-1), np.pad(logprobs, spare, constant_values=-np.inf), rest)
+
+
+def _symbol_sums(symbols: Array, probability: Array) -> tuple[Array, Array]:
+    """Sums probabilities per symbol: symbols [n, K] (-1 unused), sums [n, K] float32."""
+    count, width = symbols.shape
     keys = ((symbols.astype(np.int64) + 1) << 32) | np.arange(width)
     keys.sort(axis=1)
     columns = keys & 0xFFFFFFFF
@@ -77,7 +91,7 @@ def _symbol_sums(ids: Array, logprobs: Array, symbol_of_source: Array) -> tuple[
     sums[starts] = np.add.reduceat(ordered.astype(np.float64), starts)
     opens &= symbols >= 0
     symbols = np.where(opens, symbols, np.int32(-1)).reshape(count, width)
-    return symbols, np.where(opens, sums, np.float32(0)).reshape(count, width), unmapped
+    return symbols, np.where(opens, sums, np.float32(0)).reshape(count, width)
 
 
 def _most_likely(symbols: Array, sums: Array, entries: int) -> tuple[Array, Array, Array]:

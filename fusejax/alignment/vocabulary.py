@@ -29,7 +29,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, EventGroups, VocabMap
 
-__all__ = ["ByteVocabulary", "coarse_map", "event_groups", "exact_map", "padded_map"]
+__all__ = ["ByteVocabulary", "coarse_map", "event_groups", "exact_map", "padded_map", "symbols_of_bytes"]
 
 ROLES = ("eos", "bos", "pad", "unk")
 
@@ -95,6 +95,17 @@ def coarse_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
     start = _compose(target_of_source, source_of_source)
     start[_blank_run(source_bytes)] = blank
     return _pair_roles(VocabMap(_compose(symbol_of_target, start), symbol_of_target), source, target)
+
+
+def symbols_of_bytes(
+    fragments: Sequence[bytes], source: ByteVocabulary, target: ByteVocabulary, vocab_map: VocabMap
+) -> Array:
+    """Returns the symbol [n] int32 of byte strings that need not be tokens, as `coarse_map` would name them."""
+    of_source = _first_tokens(source, fragments)
+    first = _first_tokens(target, [source.token_bytes[i] if i >= 0 else None for i in of_source])
+    symbols = _compose(np.asarray(vocab_map.symbol_of_target, np.int32), first)
+    symbols[_blank_run(fragments)] = _compose(vocab_map.symbol_of_target, _first_tokens(target, [b" "]))[0]
+    return symbols
 
 
 def padded_map(vocab_map: VocabMap, *, source_size: int, target_size: int) -> VocabMap:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fusejax.report.metrics import Series, smooth
 from fusejax.report.tables import BitsPerByte, layout
 
-__all__ = ["plot_bits_per_byte", "plot_shares", "plot_training"]
+__all__ = ["plot_alignment", "plot_bits_per_byte", "plot_shares", "plot_training"]
 
 ROLES = {
     "target": "#9aa5b1",
@@ -140,6 +140,44 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     figure.legend(fontsize=9, frameon=False, ncols=min(6, len(parts)), loc="outside lower center")
     return _save(figure, path)
+
+
+def plot_alignment(
+    outcomes: Mapping[str, float], sizes: Mapping[str, float], path: Path, *, agreement: float | None
+) -> Path:
+    """Draws what became of the target's positions, and how coarse the symbols of the aligned ones are.
+
+    Args:
+        outcomes: `aligned`, `conditioned`, `dropped` -> number of positions.
+        sizes: class of group sizes -> share of the agreeing positions.
+        path: PNG file to write.
+        agreement: share of aligned positions whose true next tokens have the same symbol.
+    """
+    figure, (left, right) = _grid(2, columns=2, width=4.6, height=2.6)
+    total = max(sum(outcomes.values()), 1)
+    agree = outcomes.get("aligned", 0.0) * (agreement or 0.0)
+    bars = {
+        "aligned, same symbol": (agree, OUTCOMES["aligned"]),
+        "aligned, other symbol": (outcomes.get("aligned", 0.0) - agree, FUSIONS[0]),
+        "conditioned": (outcomes.get("conditioned", 0.0), OUTCOMES["conditioned"]),
+        "dropped": (outcomes.get("dropped", 0.0), OUTCOMES["dropped"]),
+    }
+    shares = {name: (100 * count / total, colour) for name, (count, colour) in bars.items() if count}
+    _percent_bars(left, {name: share for name, (share, _) in shares.items()}, [c for _, c in shares.values()])
+    left.set_title("Target positions", fontsize=10, color=INK, loc="left")
+    _percent_bars(right, {name: 100 * share for name, share in sizes.items()}, [OUTCOMES["aligned"]] * len(sizes))
+    right.set_title("Size of the true symbol's group (target tokens)", fontsize=10, color=INK, loc="left")
+    for ax, what in ((left, "per cent of positions"), (right, "per cent of agreeing positions")):
+        ax.set_xlabel(what, fontsize=9)
+    return _save(figure, path)
+
+
+def _percent_bars(ax: Axes, values: Mapping[str, float], colours: Sequence[str]) -> None:
+    ax.barh(list(values), list(values.values()), color=list(colours), height=0.66)
+    for y, value in enumerate(values.values()):
+        ax.text(value, y, f" {value:.1f}" if value >= 0.05 or not value else f" {value:.2g}", va="center", fontsize=8)
+    ax.set_xlim(0, max(values.values(), default=1.0) * 1.15 or 1.0)
+    ax.invert_yaxis()
 
 
 def colour_of(name: str, number: int) -> str:

@@ -4,16 +4,14 @@ The vocabulary map is kept beside the records as `vocabulary.npz`. Without a con
 two tokenizers on a text, which needs no model.
 """
 
-__all__ = ["align", "command", "compare_tokenizers"]
+__all__ = ["align", "command"]
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fusejax.alignment import align_document, align_positions, coarse_map, exact_map
-from fusejax.alignment.report import report_document, summary
+from fusejax.alignment import Conditioner, Opening, align_document, summary
 from fusejax.data.corpus import read_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
@@ -22,11 +20,12 @@ from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader, RecordWriter
 from fusejax.io.tokenizers import Tokenizer, load_tokenizer
 from fusejax.stages.command import Result, parser
+from fusejax.stages.compare import compare_tokenizers, first_bytes, vocabulary_map, write_alignment_page
 from fusejax.stages.context import Run, finished
 from fusejax.types import VocabMap
 
 VOCABULARY = "vocabulary.npz"
-_MAPS = {"coarse": coarse_map, "exact": exact_map}
+MAPS = ("coarse", "exact")
 
 
 def align(run: Run) -> dict[str, Manifest]:
@@ -39,20 +38,26 @@ def _align_one(run: Run, name: str) -> Manifest:
     source, target = run.tokenizer(run.participants[name]), run.tokenizer(run.config.target)
     _check_tokenizer(reader.manifest, source, name)
     dtype, shard_size = run.config.capture.dtype, run.config.capture.shard_size
-    settings = {"vocabulary": run.config.align.vocabulary, "target_tokenizer": target.fingerprint, "dtype": dtype}
+    options = run.config.align
+    settings = options.model_dump(mode="json") | {"target_tokenizer": target.fingerprint, "dtype": dtype}
     parents = {"captured": reader.manifest.fingerprint}
     directory = run.aligned_dir(name)
     stored = settings | {"shard_size": shard_size}
     if done := finished(directory, kind="aligned", settings=stored, parents=parents):
         return done
+    if options.conditioned and options.vocabulary != "coarse":
+        raise InputError(f"align.conditioned needs vocabulary 'coarse', got {options.vocabulary!r}")
     run.replace_stale(directory)
-    vocab_map = _MAPS[run.config.align.vocabulary](source, target)
-    writer = RecordWriter(directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size)
-    np.savez(directory / VOCABULARY, **vocab_map._asdict())
     documents = read_corpus(run.corpus_dir, "train")
     if len(documents) != len(reader):
         counts = f"{len(reader)} documents, the corpus {len(documents)}"
         raise InputError(f"{reader.directory} holds {counts}; capture it again")
+    sample = first_bytes([document.text for document in documents], options.calibration_bytes)
+    vocab_map = vocabulary_map(options.vocabulary, source, target, sample)
+    opening = Opening(source, target, vocab_map) if options.vocabulary == "coarse" else None
+    conditioner = _conditioner(reader, source, target, vocab_map) if options.conditioned else None
+    writer = RecordWriter(directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size)
+    np.savez(directory / VOCABULARY, **vocab_map._asdict())
     reports, start = [], time.monotonic()
     with progress(f"align {name}", total=len(reader), unit="documents") as bar:
         for first in range(0, len(documents), shard_size):
@@ -68,12 +73,23 @@ def _align_one(run: Run, name: str) -> Manifest:
                     dtype=dtype,
                     exact=encoded.exact,
                     doc_id=record.doc_id,
+                    opening=opening,
+                    conditioner=conditioner,
+                    chain=options.chain,
                 )
                 reports.append(aligned.report)
                 if first + offset >= writer.resume_at:
                     writer.write(Record(record.doc_id, aligned.header, aligned.arrays))
             bar.update(len(shard))
     return writer.finish(facts=summary(reports) | {"seconds": time.monotonic() - start})
+
+
+def _conditioner(reader: RecordReader, source: Tokenizer, target: Tokenizer, vocab_map: VocabMap) -> Conditioner:
+    """Counts the source's tokens in all of its captured documents."""
+    counts = np.zeros(source.vocab_size, np.int64)
+    for record in reader:
+        counts += np.bincount(record.arrays["labels"], minlength=source.vocab_size)
+    return Conditioner(source, target, vocab_map, counts=counts)
 
 
 def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, name: str) -> None:
@@ -83,29 +99,6 @@ def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, name: str) -> Non
             f"source {name!r} was captured with tokenizer {captured}, its directory now holds "
             f"{tokenizer.fingerprint}; capture it again"
         )
-
-
-def compare_tokenizers(source: Tokenizer, target: Tokenizer, texts: list[str], *, vocabulary: str) -> dict[str, Any]:
-    """Aligns two tokenizers on texts, without any model.
-
-    Returns:
-      The report of `fusejax.alignment.report.summary`, with `positions_per_second` of the alignment proper
-      (tokenizing excluded).
-    """
-    vocab_map: VocabMap = _MAPS[vocabulary](source, target)
-    sources, targets = source.encode_batch(texts), target.encode_batch(texts)
-    start = time.perf_counter()
-    indices = [align_positions(a.byte_ends, b.byte_ends) for a, b in zip(sources, targets, strict=True)]
-    seconds = time.perf_counter() - start
-    reports = [
-        report_document(
-            a.labels, b.labels, b.byte_ends, index, vocab_map,
-            n_bytes=b.n_bytes, exact=a.exact and b.exact, doc_id=str(number),
-        )
-        for number, (a, b, index) in enumerate(zip(sources, targets, indices, strict=True))
-    ]  # fmt: skip
-    facts = summary(reports)
-    return facts | {"positions_per_second": facts["positions"] / max(seconds, 1e-9)}
 
 
 def command(name: str, words: list[str]) -> Result:
@@ -119,14 +112,20 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument("--target-tokenizer", type=Path, required=True, help="directory with tokenizer.json")
     arguments.add_argument("--data", required=True, help="JSONL, parquet or folder of text")
     arguments.add_argument("--text-field", default="text", help="field that holds the text")
-    arguments.add_argument("--vocabulary", choices=sorted(_MAPS), default="coarse", help="vocabulary map")
+    arguments.add_argument("--vocabulary", choices=MAPS, default="coarse", help="vocabulary map")
     arguments.add_argument("--report", action="store_true", help="also print the worst spans")
+    arguments.add_argument("--out", type=Path, help="with --report: directory for alignment.html and its picture")
     given = arguments.parse_args(words)
     texts = [document.text for document in read_documents(given.data, text_field=given.text_field)]
     source, target = load_tokenizer(given.source_tokenizer), load_tokenizer(given.target_tokenizer)
-    facts = compare_tokenizers(source, target, texts, vocabulary=given.vocabulary)
-    lines = [f"{key}: {value}" for key, value in facts.items() if key != "worst_spans"]
+    if given.out and not given.report:
+        raise InputError("--out is where --report writes its page; give both")
+    comparison = compare_tokenizers(source, target, texts, vocabulary=given.vocabulary)
+    lines = [f"{key}: {value}" for key, value in comparison.facts.items() if key != "worst_spans"]
     if given.report:
         lines += ["worst spans (document, bytes):"]
-        lines += [f"  {span['doc_id']} {span['start']}-{span['stop']}" for span in facts["worst_spans"]]
-    return Result(facts, "\n".join(lines))
+        lines += [f"  {span['doc_id']} {span['start']}-{span['stop']}" for span in comparison.facts["worst_spans"]]
+    if given.out:
+        page = write_alignment_page(comparison, given.out)
+        lines += [f"report: {page}"]
+    return Result(comparison.facts, "\n".join(lines))

@@ -3,6 +3,10 @@
 MinCE keeps, in each window of text, the source with the lowest score; AvgCE keeps all with their weights, and
 the loss mixes their divergences (sources with different partitions have no common distribution to average).
 A position that the chosen source's tokenizer does not reach keeps no distribution: there the loss is CLM alone.
+
+Where the alignment stored chains, every source has one more slot: {the true next token, anything else} over the
+partition into single tokens (one more row of the tables), with its source's weight. It is added to the divergence
+over symbols, so at such positions the weights sum to more than 1.
 """
 
 __all__ = ["PARTITIONS", "fuse", "fuse_document"]
@@ -52,6 +56,8 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
         raise InputError(f"aligned sources hold {[len(r) for r in readers]} documents; run `fusejax align` again")
     writer = RecordWriter(directory, kind="fused", settings=settings, parents=parents, shard_size=shard_size)
     tables = [load_partition(run.aligned_dir(name)) for name in names]
+    if all(reader.manifest.settings.get("chain") for reader in readers):
+        tables.append(np.arange(tables[0].size, dtype=tables[0].dtype))  # the chains' partition: every token alone
     np.savez(directory / PARTITIONS, symbol_of_target=np.stack(tables))
     totals: dict[str, Any] = {"positions": 0, "supervised": 0, "wins": np.zeros(len(names), np.int64)}
     with progress(f"fuse {fusion.name}", total=count, unit="documents") as bar:
@@ -61,7 +67,7 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
             arrays = fuse_document(records, fusion)
             totals["positions"] += len(arrays["tokens"])
             totals["supervised"] += int((arrays["weights"].sum(axis=1) > 0).sum())
-            won = arrays["partition"][arrays["partition"] >= 0]
+            won = arrays["partition"][(arrays["partition"] >= 0) & (arrays["partition"] < len(names))]
             totals["wins"] += np.bincount(won, minlength=len(names))
             if index >= writer.resume_at:
                 writer.write(Record(records[0].doc_id, {"n_bytes": records[0].header["n_bytes"]}, arrays))
@@ -94,8 +100,8 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
     reached = np.stack([record.arrays["status"] > 0 for record in records])  # [S, N]
     positions = np.arange(len(window))
     stacked = {field: np.stack([record.arrays[field] for record in records]) for field in _TARGET_FIELDS}
+    choice = choose_min(scores)[window]  # [N]
     if fusion.method == "min_ce":
-        choice = choose_min(scores)[window]  # [N]
         fields = {field: array[choice, positions][:, None] for field, array in stacked.items()}
         partition = np.where(reached[choice, positions], choice, -1)[:, None]
         weights = (partition >= 0).astype(np.float32)
@@ -104,9 +110,35 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
         partition = np.where(reached, np.arange(len(records))[:, None], -1).T
         weights = softmin_weights(scores, temperature=fusion.temperature)[:, window].T * (partition >= 0)
         weights = (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).astype(np.float32)
+    fields |= {"partition": partition.astype(np.int32), "weights": weights}
+    if all("chain_logprob" in record.arrays for record in records):
+        chains = np.stack([record.arrays["chain_logprob"] for record in records])  # [S, N]
+        chains = chains[choice, positions][:, None] if fusion.method == "min_ce" else chains.T
+        fields = _with_chains(fields, chains, first["labels"], partition_row=len(records))
     kept = {name: first[name] for name in ("tokens", "labels", "byte_ends")}
-    mask = np.ones(len(window), np.int8)
-    return kept | fields | {"mask": mask, "partition": partition.astype(np.int32), "weights": weights}
+    return kept | fields | {"mask": np.ones(len(window), np.int8)}
+
+
+def _with_chains(
+    fields: dict[str, np.ndarray], chains: np.ndarray, labels: np.ndarray, *, partition_row: int
+) -> dict[str, np.ndarray]:
+    """Doubles the M axis: after the distributions [N, M] the events {label, anything else} of their chains [N, M]."""
+    live = np.isfinite(chains) & (fields["partition"] >= 0)
+    logprob = np.where(live, np.minimum(chains.astype(np.float64), 0.0), -np.inf)
+    with np.errstate(divide="ignore"):
+        residual = np.log(-np.expm1(logprob))
+    ids = np.full_like(fields["ids"], -1)
+    logprobs = np.full_like(fields["logprobs"], -np.inf)
+    ids[..., 0] = np.where(live, labels[:, None], -1)
+    logprobs[..., 0] = logprob
+    added = {
+        "ids": ids,
+        "logprobs": logprobs,
+        "residual_logprob": residual.astype(fields["residual_logprob"].dtype),
+        "partition": np.where(live, partition_row, -1).astype(np.int32),
+        "weights": np.where(live, fields["weights"], np.float32(0)),
+    }
+    return {name: np.concatenate([fields[name], added[name]], axis=1) for name in fields}
 
 
 def _scores(records: Sequence[Record], fusion: FusionConfig, n_bytes: int) -> np.ndarray:
