@@ -1,4 +1,4 @@
-"""Weighted averages of the targets: `linear`, the baseline of every merging paper.
+"""Weighted averages of the targets: `linear`, the baseline of every merging paper, and `passthrough`, a copy.
 
 A normalised average is written as `x_0 + sum_j c_j (x_j - x_0)`: the differences of fine-tuned models are
 small, so this loses less than summing the weights themselves, and equal models merge to themselves bit by bit.
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fusejax.types import Array
 
-__all__ = ["linear", "linear_coefficients", "sum_targets", "weighted_sum"]
+__all__ = ["linear", "linear_coefficients", "passthrough", "sum_targets", "weighted_sum"]
 
 
 def sum_targets(values: Array) -> Array:
@@ -48,3 +48,18 @@ def linear(base: Array | None, targets: Array, *, weights: Array, normalize: boo
     if targets.shape[0] == 1:
         return targets[0]  # also keeps the sign of zeros
     return targets[0] + weighted_sum(coefficients, targets - targets[0])
+
+
+def passthrough(base: Array | None, targets: Array, *, scale: Array = 1.0) -> Array:
+    """Copies the one target, multiplied by `scale`: the pieces of which stacked models are built.
+
+    Args:
+      base: not used; may be None.
+      targets: [1, ...] float32.
+      scale: [] float.
+
+    Returns:
+      [...] float32.
+    """
+    del base
+    return scale * targets[0]

@@ -63,7 +63,7 @@ def apply_to_leaf(
     leaves = (base, tuple(targets), dict(per_matrix or {}))
     if any(isinstance(array, jax.Array) for array in jax.tree.leaves((leaves, traced))):
         return _on_device(functions, static, stacked, *leaves, traced)
-    wide = targets[0].dtype == np.float64
+    wide = any(x.dtype == np.float64 for x in (*targets, *([] if base is None else [base])))
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         if not stacked:
             return tuple(np.asarray(x) for x in _on_device(functions, static, False, *leaves, traced))
@@ -76,10 +76,11 @@ def apply_to_leaf(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _on_device(functions, static, stacked, base, targets, per_matrix, traced):
-    dtype = jnp.promote_types(targets[0].dtype, jnp.float32)
+    inputs = targets if base is None else (base, *targets)
+    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in inputs), jnp.float32)
     targets = jnp.stack([leaf.astype(dtype) for leaf in targets])
     base = None if base is None else base.astype(dtype)
-    per_matrix, traced = jax.tree.map(lambda value: jnp.asarray(value, dtype), (per_matrix, traced))
+    per_matrix, traced = jax.tree.map(lambda value: _as(value, dtype), (per_matrix, traced))
 
     def on_matrix(base, targets, per_matrix):
         return tuple(function(base, targets, **dict(static), **traced, **per_matrix) for function in functions)
@@ -87,6 +88,10 @@ def _on_device(functions, static, stacked, base, targets, per_matrix, traced):
     if stacked:
         on_matrix = jax.vmap(on_matrix, in_axes=(None if base is None else 0, 1, 0))
     return on_matrix(base, targets, per_matrix)
+
+
+def _as(value: Array, dtype: Any) -> Array:
+    return jnp.asarray(value, None if value.dtype == np.uint32 else dtype)  # keys stay what they are
 
 
 def check_trees(base: Any, targets: Sequence[Any]) -> None:
@@ -118,13 +123,13 @@ def check_trees(base: Any, targets: Sequence[Any]) -> None:
     _raise(problems)
 
 
-def check_leaves(path: str, base: Array | None, targets: Sequence[Array]) -> None:
-    """Checks one leaf of every tree as `check_trees` does, for callers that stream."""
+def check_leaves(path: str, base: Array | None, targets: Sequence[Array], *, mixed: bool = False) -> None:
+    """Checks one leaf of every tree as `check_trees` does, for callers that stream; `mixed` allows several dtypes."""
     leaves = {} if base is None else {"base": base}
-    _raise(leaf_problems(path, leaves | {f"target {j}": leaf for j, leaf in enumerate(targets)}))
+    _raise(leaf_problems(path, leaves | {f"target {j}": leaf for j, leaf in enumerate(targets)}, mixed=mixed))
 
 
-def leaf_problems(path: str, leaves: dict[str, Array]) -> list[str]:
+def leaf_problems(path: str, leaves: dict[str, Array], *, mixed: bool = False) -> list[str]:
     """Returns what is wrong with the leaves at one path, by the name of their tree."""
     (reference_name, reference), *_ = leaves.items()
     missing = [f"{path} of {name} is not an array but {type(leaf).__name__}" for name, leaf in leaves.items()
@@ -135,7 +140,7 @@ def leaf_problems(path: str, leaves: dict[str, Array]) -> list[str]:
     for name, leaf in leaves.items():
         if leaf.shape != reference.shape:
             problems.append(f"{path} of {name} has shape {leaf.shape}, {reference_name} has {reference.shape}")
-        elif leaf.dtype != reference.dtype:
+        elif leaf.dtype != reference.dtype and not (mixed and _floating(leaf) and _floating(reference)):
             problems.append(f"{path} of {name} is {leaf.dtype}, {reference_name} is {reference.dtype}")
         elif not isinstance(leaf, Tracer):  # values are not known while tracing
             problems += _value_problems(path, name, leaf, reference_name, reference)
@@ -146,13 +151,17 @@ def leaf_problems(path: str, leaves: dict[str, Array]) -> list[str]:
 
 def _value_problems(path: str, name: str, leaf: Array, reference_name: str, reference: Array) -> list[str]:
     with jax.ensure_compile_time_eval():  # known arrays may meet traced ones
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if _floating(leaf):
             finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
             bad = leaf.size - int(finite.sum())
             return [f"{path} of {name} has {bad} values that are NaN or infinite"] if bad else []
         if isinstance(reference, Tracer) or bool((leaf == reference).all()):
             return []
         return [f"{path} is {leaf.dtype} and differs between {name} and {reference_name}"]
+
+
+def _floating(leaf: Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _raise(problems: list[str]) -> None:

@@ -1,14 +1,12 @@
-"""The table of merge methods: one row per method, and the checks that the rows imply.
+"""Looking a merge method up, and checking its parameters against its row of the table.
 
-A method is one pure function on one matrix, `(base [...], targets [J, ...], *, parameters) -> merged [...]`,
-in float32; it knows neither trees nor layers nor files. To add a method, write the function and its row here.
-Parameters are checked against the row before any work: a misspelt, unused or out-of-range one is an error.
+Everything that can be said without the matrices is said here, before any work, in one error. Values that are being
+traced or differentiated are checked for their shape only.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,121 +14,12 @@ import numpy as np
 from jax.core import Tracer
 
 from fusejax.errors import InputError, nearest
-from fusejax.merging.average import linear, linear_coefficients
-from fusejax.merging.sce import SCE_VARIANTS, sce, sce_coefficients
-from fusejax.merging.spherical import slerp
-from fusejax.merging.task_vectors import task_arithmetic, ties
-from fusejax.merging.varm import GRANULARITIES, varm, varm_coefficients, varm_energy, varm_unit
+from fusejax.merging.keys import key_data
+from fusejax.merging.methods import MERGE_METHODS
+from fusejax.merging.schema import MergeMethod, Parameter
 from fusejax.types import Array
 
 __all__ = ["MERGE_METHODS", "MergeMethod", "Parameter", "resolve"]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a method: its default, what it may be, and what it means.
-
-    A `str` has `choices`; a `bool` is known by its default; anything else is a number in [low, high]. With
-    `per_target` it is one number per target (one number stands for all). With `traced` it is an array, also one of
-    jax that is being differentiated; other parameters shape the program and are Python values.
-    """
-
-    description: str
-    default: Any
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-    per_target: bool = False
-    traced: bool = False
-
-
-@dataclass(frozen=True)
-class MergeMethod:
-    """One merge method: its function, what it needs, and where it is published."""
-
-    function: Callable[..., Array]
-    parameters: Mapping[str, Parameter]
-    description: str
-    paper: str
-    needs_base: bool = True
-    min_targets: int = 1
-    max_targets: int | None = None
-    coefficients: Callable[..., Array] | None = None  # same arguments -> [J], one factor per target
-    # Methods that weigh units wider than a matrix: `unit(path, **choices)` names the leaf's unit and says whether
-    # stacked layers are units of their own (None: the matrix); `energy` is summed over it, [J], and passed back.
-    unit: Callable[..., tuple[str, bool] | None] | None = None
-    energy: Callable[..., Array] | None = None
-    nonzero_sum: tuple[str, str] | None = None  # (weights, switch): weights must not sum to 0 if the switch is on
-
-
-_WEIGHTS = Parameter("weight of every target", 1.0, per_target=True, traced=True)
-_SCALE = Parameter("factor of the merged task vector (lambda)", 1.0, traced=True)
-
-MERGE_METHODS: Mapping[str, MergeMethod] = {
-    "linear": MergeMethod(
-        function=linear,
-        coefficients=linear_coefficients,
-        parameters={
-            "weights": _WEIGHTS,
-            "normalize": Parameter("divide by the sum of the weights", True),
-        },
-        description="weighted average of the targets",
-        paper="https://arxiv.org/abs/2203.05482",
-        needs_base=False,
-        nonzero_sum=("weights", "normalize"),
-    ),
-    "sce": MergeMethod(
-        function=sce,
-        coefficients=sce_coefficients,
-        parameters={
-            "select_topk": Parameter("share of the varying elements that is selected", 1.0, low=0.0, high=1.0),
-            "variant": Parameter("released code, equations, or mergekit's rule", "fuseai", choices=SCE_VARIANTS),
-        },
-        description="select by variance, weigh by squared change, erase the minority direction",
-        paper="https://arxiv.org/abs/2408.07990",
-    ),
-    "varm": MergeMethod(
-        function=varm,
-        coefficients=varm_coefficients,
-        unit=varm_unit,
-        energy=varm_energy,
-        parameters={"granularity": Parameter("unit that gets one weight", "matrix", choices=GRANULARITIES)},
-        description="average weighted by squared change from the pivot",
-        paper="https://arxiv.org/abs/2402.16107",
-    ),
-    "task_arithmetic": MergeMethod(
-        function=task_arithmetic,
-        parameters={
-            "weights": _WEIGHTS,
-            "normalize": Parameter("divide by the sum of the weights", False),
-            "scale": _SCALE,
-        },
-        description="sum of task vectors",
-        paper="https://arxiv.org/abs/2212.04089",
-        nonzero_sum=("weights", "normalize"),
-    ),
-    "ties": MergeMethod(
-        function=ties,
-        parameters={
-            "weights": _WEIGHTS,
-            "density": Parameter("share of each task vector that is kept", 1.0, low=0.0, high=1.0, per_target=True),
-            "normalize": Parameter("divide by the weights of the kept elements", True),
-            "rescale": Parameter("keep the L1 norm of each trimmed task vector", False),
-            "scale": _SCALE,
-        },
-        description="trimmed task vectors, merged where they agree with the elected sign",
-        paper="https://arxiv.org/abs/2306.01708",
-        nonzero_sum=("weights", "normalize"),
-    ),
-    "slerp": MergeMethod(
-        function=slerp,
-        parameters={"t": Parameter("0 is the start, 1 the end", 0.5, low=0.0, high=1.0, traced=True)},
-        description="arc from the first target (or the base, if there is one target) to the last",
-        paper="https://doi.org/10.1145/325334.325242",
-        needs_base=False,
-        max_targets=2,
-    ),
-}
 
 
 def resolve(method: str, params: Mapping[str, Any], count: int, has_base: bool) -> tuple[MergeMethod, dict[str, Any]]:
@@ -138,12 +27,12 @@ def resolve(method: str, params: Mapping[str, Any], count: int, has_base: bool) 
 
     Args:
       method: a name in `MERGE_METHODS`.
-      params: parameters by name; defaults fill the rest.
+      params: parameters by name; defaults fill the rest. A random method takes `key`, of jax.random, for `seed`.
       count: number of targets.
       has_base: whether base params are given.
 
     Returns:
-      The method, and every parameter: traced ones as arrays, [count] if per target.
+      The method, and every parameter: traced ones as arrays, [count] if per target; the seed as `key`, its data.
 
     Raises:
       InputError: unknown method or parameter (the nearest is named), a value of the wrong kind or out of
@@ -153,6 +42,8 @@ def resolve(method: str, params: Mapping[str, Any], count: int, has_base: bool) 
         known = ", ".join(sorted(MERGE_METHODS))
         raise InputError(f"unknown merge method {method!r}.{nearest(str(method), MERGE_METHODS)} Known: {known}.")
     spec = MERGE_METHODS[method]
+    params = dict(params)
+    key = params.pop("key", None) if spec.random else None
     problems = [_unknown(method, name, spec) for name in params if name not in spec.parameters]
     problems += _count_problems(method, spec, count, has_base)
     if problems:
@@ -163,6 +54,13 @@ def resolve(method: str, params: Mapping[str, Any], count: int, has_base: bool) 
         values[name] = _value(f"{method}: {name}", parameter, parameter.default if given is None else given, count)
     if spec.nonzero_sum and values[spec.nonzero_sum[1]]:
         _check_sum(f"{method}: {spec.nonzero_sum[0]}", values[spec.nonzero_sum[0]])
+    if spec.random:
+        if key is not None and "seed" in params:
+            raise InputError(f"{method} got both seed and key; give one of them.")
+        seed = values.pop("seed")
+        values["key"] = key_data(seed if key is None else key)
+    if spec.spread:
+        _check_spread(method, *spec.spread, *(values[name] for name in spec.spread))
     return spec, values
 
 
@@ -197,6 +95,10 @@ def _value(label: str, parameter: Parameter, value: Any, count: int) -> Any:
     array = _number(label, parameter, value, count)
     if parameter.traced:
         return array
+    if isinstance(parameter.default, int):
+        if array != np.floor(array):
+            raise InputError(f"{label} must be a whole number, got {value!r}.")
+        return int(array)
     return tuple(array.tolist()) if parameter.per_target else float(array)
 
 
@@ -214,7 +116,8 @@ def _number(label: str, parameter: Parameter, value: Any, count: int) -> Array:
     if not isinstance(array, Tracer):
         host = np.asarray(array, np.float64)
         if not (np.isfinite(host).all() and (host >= parameter.low).all() and (host <= parameter.high).all()):
-            interval = f" in [{parameter.low:g}, {parameter.high:g}]" if math.isfinite(parameter.high) else ""
+            bounded = f" in [{parameter.low:g}, {parameter.high:g}]" if math.isfinite(parameter.high) else ""
+            interval = bounded or (f" and at least {parameter.low:g}" if math.isfinite(parameter.low) else "")
             raise InputError(f"{label} must be finite{interval}, got {host.tolist()}.")
     return array * np.ones(count) if parameter.per_target and not array.shape else array
 
@@ -231,3 +134,14 @@ def _check_sum(label: str, weights: Array) -> None:
     host = np.asarray(weights, np.float64)
     if abs(host.sum()) <= 1e-12 * np.abs(host).sum():
         raise InputError(f"{label} sum to {host.sum():g}, so they cannot be normalised: got {host.tolist()}.")
+
+
+def _check_spread(method: str, centre: str, width: str, centres: Array, widths: Array) -> None:
+    if isinstance(centres, Tracer) or isinstance(widths, Tracer):
+        return
+    low, high = np.asarray(centres) - np.asarray(widths), np.asarray(centres) + np.asarray(widths)
+    if (low < -1e-12).any() or (high > 1 + 1e-12).any():
+        raise InputError(
+            f"{method}: {centre} - {width} and {centre} + {width} must be in [0, 1], "
+            f"got {low.tolist()} and {high.tolist()}; lower {width} or move {centre} away from the limit."
+        )

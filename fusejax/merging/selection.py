@@ -18,7 +18,7 @@ from jax import lax
 from fusejax.errors import InputError
 from fusejax.types import Array
 
-__all__ = ["count_of_fraction", "largest_mask"]
+__all__ = ["count_of_fraction", "kth_largest", "largest_mask"]
 
 _MAX_DENOMINATOR = 46340  # the square stays below 2**31
 
@@ -65,6 +65,14 @@ def largest_mask(values: Array, count: Array) -> Array:
     needed = count - _count(above)
     bound = _index_bound(tied, needed)
     return (above | (tied & (_flat_index(values.shape) < bound))) & (count > 0)
+
+
+def kth_largest(values: Array, count: Array) -> Array:
+    """Returns the `count`-th largest element (1 is the largest) of non-negative values, [...] -> []."""
+    values = jnp.abs(lax.stop_gradient(values))
+    width = values.dtype.itemsize * 8
+    bits = lax.bitcast_convert_type(values, jnp.uint32 if width == 32 else jnp.uint64)
+    return lax.bitcast_convert_type(_kth_largest(bits, jnp.asarray(count, jnp.int32), width), values.dtype)
 
 
 def _count(mask: Array) -> Array:

@@ -1,8 +1,9 @@
 """Arithmetic on task vectors, the differences between fine-tuned models and their base.
 
-`task_arithmetic` adds them; `ties` first trims each to its largest elements and lets the targets elect a sign.
-TIES trims per matrix, as mergekit does (the paper trims the whole model at once); its weights also count in the
-election. Elements of equal size at the threshold: the lowest flat index is kept.
+`task_arithmetic` adds them; `ties` first trims each to its largest elements and lets the targets elect a sign;
+`breadcrumbs` drops the very largest elements as well as the smallest ones. TIES trims per matrix, as mergekit does
+(the paper trims the whole model at once); its weights also count in the election. Elements of equal size at the
+threshold: the lowest flat index is kept (the largest dropped by breadcrumbs are chosen by the same rule).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.merging.selection import largest_mask
 from fusejax.types import Array
 
-__all__ = ["task_arithmetic", "ties"]
+__all__ = ["breadcrumbs", "breadcrumbs_ties", "consensus", "task_arithmetic", "ties"]
 
 
 def task_arithmetic(
@@ -56,24 +57,80 @@ def ties(
       [...] float32, the merged matrix.
     """
     vectors = jnp.stack([_trim(target - base, share, rescale) for target, share in zip(targets, density, strict=True)])
-    weights = jnp.asarray(weights, base.dtype).reshape((-1,) + (1,) * base.ndim)
+    return base + scale * consensus(vectors, jnp.asarray(weights, base.dtype), normalize)
+
+
+def breadcrumbs(
+    base: Array, targets: Array, *, weights: Array, density: Sequence[float], gamma: Sequence[float],
+    normalize: bool = False, scale: Array = 1.0,
+) -> Array:  # fmt: skip
+    """Masks the largest and the smallest elements, then adds (Model Breadcrumbs, arXiv 2312.06795, section 3).
+
+    Args:
+      base: [...] float32.
+      targets: [J, ...] float32, one matrix of every target.
+      weights: [J] float; their sum must not be 0 if `normalize`.
+      density: J shares in [0, 1] of a task vector's elements that are kept.
+      gamma: J shares in [0, 1] of the elements, the largest, that are dropped; fewer if less than that is left.
+      normalize: divide by the sum of the weights.
+      scale: [] float, factor of the merged task vector.
+
+    Returns:
+      [...] float32, the merged matrix.
+    """
+    weights = jnp.asarray(weights, base.dtype)
+    weights = weights / jnp.sum(weights) if normalize else weights
+    return base + scale * weighted_sum(weights, _between(base, targets, density, gamma))
+
+
+def breadcrumbs_ties(
+    base: Array, targets: Array, *, weights: Array, density: Sequence[float], gamma: Sequence[float],
+    normalize: bool = False, scale: Array = 1.0,
+) -> Array:  # fmt: skip
+    """Masks as `breadcrumbs`, then merges the elements that agree with the elected sign, as `ties` does."""
+    vectors = _between(base, targets, density, gamma)
+    return base + scale * consensus(vectors, jnp.asarray(weights, base.dtype), normalize)
+
+
+def consensus(vectors: Array, weights: Array, normalize: bool) -> Array:
+    """Sums the elements that agree with the sign of the weighted sum, [J, ...] and [J] -> [...].
+
+    A sum of 0 elects plus, zeros never agree; with `normalize` the result is divided by the weights that agree.
+    """
+    weights = weights.reshape((-1,) + (1,) * (vectors.ndim - 1))
     vectors = vectors * weights
-    elected = jnp.where(sum_targets(vectors) >= 0, 1, -1).astype(base.dtype)
-    kept = jnp.sign(vectors) == elected  # zeros never agree
+    elected = jnp.where(sum_targets(vectors) >= 0, 1, -1).astype(vectors.dtype)
+    kept = jnp.sign(vectors) == elected
     merged = sum_targets(jnp.where(kept, vectors, 0))
-    if normalize:
-        norm = sum_targets(jnp.where(kept, weights, 0))
-        merged = merged / jnp.where(norm == 0, 1, norm)
-    return base + scale * merged
+    if not normalize:
+        return merged
+    norm = sum_targets(jnp.where(kept, weights, 0))
+    return merged / jnp.where(norm == 0, 1, norm)
 
 
 def _trim(vector: Array, density: float, rescale: bool) -> Array:
     """Keeps the largest elements of one task vector."""
     if density >= 1:
         return vector
-    count = max(1, int(Fraction(density).limit_denominator(46340) * vector.size))
-    trimmed = jnp.where(largest_mask(vector, count), vector, 0)
+    trimmed = jnp.where(largest_mask(vector, max(1, _share(density, vector.size))), vector, 0)
     if not rescale:
         return trimmed
     before, after = jnp.sum(jnp.abs(vector)), jnp.sum(jnp.abs(trimmed))
     return trimmed * jnp.where(after == 0, 1, before / jnp.where(after == 0, 1, after))
+
+
+def _between(base: Array, targets: Array, density: Sequence[float], gamma: Sequence[float]) -> Array:
+    """Task vectors without their largest and smallest elements."""
+    results = []
+    for target, share, top in zip(targets, density, gamma, strict=True):
+        vector, kept = target - base, _share(share, base.size)
+        dropped = min(_share(top, base.size), base.size - kept)
+        mask = largest_mask(vector, dropped + kept)
+        if dropped:
+            mask &= ~largest_mask(vector, dropped)
+        results.append(jnp.where(mask, vector, 0))
+    return jnp.stack(results)
+
+
+def _share(fraction: float, size: int) -> int:
+    return int(Fraction(fraction).limit_denominator(46340) * size)

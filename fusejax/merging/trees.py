@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusejax.errors import InputError
+from fusejax.merging.keys import matrix_keys
 from fusejax.merging.matrices import apply_to_leaf, check_leaves, check_trees, is_stacked, named_leaves
 from fusejax.merging.registry import MergeMethod, resolve
 from fusejax.types import Array
@@ -58,7 +59,7 @@ def merge_trees(base: Any, targets: Sequence[Any], *, method: str, coefficients:
 
 def merge_leaf(
     path: str, base: Array | None, targets: Sequence[Array], *, method: str, params: Mapping[str, Any],
-    coefficients: bool = False,
+    coefficients: bool = False, dtype: Any = None,
 ) -> Any:  # fmt: skip
     """Merges one leaf of every tree, so that a checkpoint can be streamed leaf by leaf.
 
@@ -69,9 +70,10 @@ def merge_leaf(
       method: a name in `MERGE_METHODS`.
       params: the method's parameters.
       coefficients: also return the coefficients.
+      dtype: of the result; the inputs may then be of several floating dtypes. None: that of the inputs.
 
     Returns:
-      The merged leaf, in the dtype of the inputs; with `coefficients`, also [J] or [L, J] float32 (None for a
+      The merged leaf; with `coefficients`, also [J] or [L, J] float32 (None for a
       leaf that is not floating point).
 
     Raises:
@@ -79,16 +81,16 @@ def merge_leaf(
     """
     spec, values = resolve(method, params, len(targets), base is not None)
     _check_coefficients(method, spec, coefficients)
-    check_leaves(path, base, targets)
+    check_leaves(path, base, targets, mixed=dtype is not None)
     if spec.unit and spec.unit(path, **values):
         raise InputError(f"{method} with {dict(params)} weighs units wider than one matrix; use merge_trees.")
-    result = _merge(path, base, targets, spec, values, coefficients)
+    result = _merge(path, base, targets, spec, values, coefficients, dtype=dtype)
     return result if coefficients else result[0]
 
 
 def _merge(
     path: str, base: Array | None, targets: Sequence[Array], spec: MergeMethod, values: dict[str, Any],
-    coefficients: bool, energy: Array | None = None,
+    coefficients: bool, energy: Array | None = None, dtype: Any = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """Merges one checked leaf; the coefficients are None unless asked for."""
     first = targets[0]
@@ -96,9 +98,14 @@ def _merge(
         return first, None
     functions = (spec.function,) + ((spec.coefficients,) if coefficients and spec.coefficients else ())
     per_matrix = {} if energy is None else {"energy": energy}
+    if spec.random:
+        layers = len(first) if is_stacked(path) else None
+        per_matrix["key"] = matrix_keys(values["key"], path, layers)
+        values = {name: value for name, value in values.items() if name != "key"}
     merged, *factors = apply_to_leaf(functions, is_stacked(path), base, targets, values, per_matrix)
-    _check_overflow(path, merged, first.dtype)
-    return merged.astype(first.dtype), factors[0] if factors else None
+    dtype = first.dtype if dtype is None else jnp.dtype(dtype)
+    _check_overflow(path, merged, dtype)
+    return merged.astype(dtype), factors[0] if factors else None
 
 
 def _unit_energies(
