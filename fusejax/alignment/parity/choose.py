@@ -6,10 +6,11 @@ Given the source positions J beside target position i (whose own token is b):
 * FuseChat 1: one, accepted if it contains b. Several: the piece that equals b, else one that contains it, else the
   mixture of the pieces that cover b from left to right.
 * FuseChat 2, on decoded strings: one, accepted if either ends with the other. Several: the first such piece, else
-  the last of the pieces that cover b, else nothing if all of them together end like b.
+  the last of the pieces that cover b. (The program has one more case, all pieces together end like b, which cannot
+  occur: then the last piece does.)
 
 Not accepted is a *fallback*: all mass on one token. Several target positions beside one source token (n-1) are
-1-1 matches that seldom pass. Where *nothing* is chosen, the papers put the target model's own distribution.
+1-1 matches that seldom pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,15 +24,15 @@ from fusejax.alignment.parity.spelling import Vocabulary, literal_ids
 from fusejax.alignment.parity.statistics import PairCounts
 from fusejax.types import Array
 
-__all__ = ["FALLBACK", "NOTHING", "Choice", "choose_exact", "choose_fusechat", "choose_fusechat_v1", "choose_fusellm"]
+__all__ = ["FALLBACK", "Choice", "choose_exact", "choose_fusechat", "choose_fusechat_v1", "choose_fusellm"]
 
-FALLBACK, NOTHING = -1, -2
+FALLBACK = -1
 
 
 class Choice(NamedTuple):
     """What each target position receives."""
 
-    source: Array  # [T] int32, a source position, FALLBACK or NOTHING
+    source: Array  # [T] int32, a source position or FALLBACK
     mixed: dict[int, tuple[list[int], list[int]]]  # FuseChat 1: target position -> source positions, their counts
 
 
@@ -67,7 +68,7 @@ def choose_exact(
     """FuseChat 2's exact match: one source token that decodes to the same string (arguments as `choose_fusellm`)."""
     ours, theirs = _decoded(source, target)
     pairs = zip(np.asarray(source_ids)[warp.first].tolist(), np.asarray(target_ids).tolist(), strict=True)
-    accepted = np.array([ours[u] == theirs[v] for u, v in pairs], bool)
+    accepted = np.array([ours(u) == theirs(v) for u, v in pairs], bool)
     return Choice(np.where(accepted & (warp.first == warp.last), warp.first, FALLBACK).astype(np.int32), {})
 
 
@@ -80,13 +81,13 @@ def choose_fusechat(
 
     @lru_cache(maxsize=1 << 16)
     def several(pieces: tuple[int, ...], own: int) -> int:
-        strings = [ours[piece].replace(target.marker, "") for piece in pieces]
-        wanted = theirs[own].replace(target.marker, "")
+        strings = [ours(piece).replace(target.marker, "") for piece in pieces]
+        wanted = theirs(own).replace(target.marker, "")
         return _one_of_several(strings, wanted)
 
     @lru_cache(maxsize=1 << 16)
     def one(piece: int, own: int) -> bool:
-        return _suffix(ours[piece], theirs[own])
+        return _suffix(ours(piece), theirs(own))
 
     chosen = []
     for own, first, last in zip(target_list, warp.first.tolist(), warp.last.tolist(), strict=True):
@@ -108,11 +109,10 @@ def choose_fusechat_v1(
         wanted = target.pieces[own] or ""
         beside = source_list[first : last + 1]
         strings = [(source.pieces[piece] or "").replace(source.marker, target.marker) for piece in beside]
-        tests: list[Callable[[str], bool]] = [lambda text: wanted in text]  # noqa: B023
-        if first != last:
-            tests.insert(0, lambda text: text == wanted)  # noqa: B023
-        found = next((k for test in tests for k, text in enumerate(strings) if test(text)), FALLBACK)
-        covered = _cover(strings, wanted) if found < 0 and first != last else []
+        several = first != last
+        equal = [k for k, text in enumerate(strings) if several and text == wanted]
+        found = next(iter(equal + [k for k, text in enumerate(strings) if wanted in text]), FALLBACK)
+        covered = _cover(strings, wanted) if found < 0 and several else []
         if covered:
             numbers = counts.of(own, np.array([beside[k] for k in covered]))
             mixed[index] = ([first + k for k in covered], numbers.tolist())
@@ -133,10 +133,11 @@ def _word_begun(piece: str, own: int, source: Vocabulary, target: Vocabulary, ta
     return any(table[index] == own for index, other in enumerate(source.pieces) if other == spelled)
 
 
-def _decoded(source: Vocabulary, target: Vocabulary) -> tuple[list[str], list[str]]:
+def _decoded(source: Vocabulary, target: Vocabulary) -> tuple[Callable[[int], str], Callable[[int], str]]:
+    """What ids decode to, the source's with the target's marker; made as they are asked for."""
     ours = source.pieces if source.decoded is None else source.decoded
     theirs = target.pieces if target.decoded is None else target.decoded
-    return [(text or "").replace(source.marker, target.marker) for text in ours], [text or "" for text in theirs]
+    return lambda piece: (ours[piece] or "").replace(source.marker, target.marker), lambda own: theirs[own] or ""
 
 
 def _suffix(a: str, b: str) -> bool:
@@ -148,9 +149,7 @@ def _one_of_several(strings: Sequence[str], wanted: str) -> int:
     if found is not None:
         return found
     covered = _cover(strings, wanted)
-    if covered:
-        return covered[-1]
-    return NOTHING if _suffix("".join(strings), wanted) else FALLBACK
+    return covered[-1] if covered else FALLBACK
 
 
 def _cover(strings: Sequence[str], wanted: str) -> list[int]:

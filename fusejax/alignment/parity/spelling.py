@@ -7,7 +7,8 @@ A `Vocabulary` holds both forms, in id order, so that everything else here works
 `vocabulary_of_bytes` makes one from token bytes: blanks are `▁`, bytes are their own text, whatever the tokenizer.
 It has none of the reference's troubles with spelling (a table of tokenizer classes; `Ċ` against `<0x0A>`; partial
 characters that all decode to U+FFFD), because no letters of a byte alphabet are left; bytes of an unfinished
-character stay different from each other, as the lone surrogates of `surrogateescape`.
+character stay different from each other, as the lone surrogates of `surrogateescape`. Of several ids with the same
+bytes only the last has a string: the byte pieces that come first in a vocabulary are there for bytes without another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,8 @@ def vocabulary_of_bytes(token_bytes: Sequence[bytes | None], roles: Mapping[str,
         None if surface is None else surface.decode("utf-8", "surrogateescape").replace(" ", MARKER)
         for surface in token_bytes
     ]
+    last = {piece: index for index, piece in enumerate(pieces)}
+    pieces = [piece if last[piece] == index else None for index, piece in enumerate(pieces)]
     for role in ("pad", "unk", "eos", "bos"):
         if role in roles:
             pieces[roles[role]] = f"<{role}>"

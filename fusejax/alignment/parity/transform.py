@@ -77,7 +77,7 @@ def aligned_logits(
         elif at >= 0:
             found, values = mapped[at][new[at]].tolist(), np.asarray(logits)[at][new[at]].tolist()
         else:
-            found, values = ([int(named[index])], [1.0]) if at == FALLBACK else ([], [])
+            found, values = [int(named[index])], [1.0]
         all_ids.append(found)
         all_logits.append(values)
     return all_ids, all_logits

@@ -1,0 +1,52 @@
+"""Vocabulary maps kept on disk, by what they were made of: both tokenizers' fingerprints and the method.
+
+A map between two large vocabularies takes seconds to a minute, and is the same in every run. It lies in the user's
+cache directory, so that runs share it; a file that cannot be read is made again.
+"""
+
+__all__ = ["kept_map"]
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fusejax.io.models import cache_dir
+from fusejax.types import VocabMap
+
+VERSION = 1  # of the algorithms: a change of any map makes all of them again
+
+
+def kept_map(
+    method: str, source: str, target: str, make: Callable[[], VocabMap], *, directory: Path | None = None
+) -> VocabMap:
+    """Returns a vocabulary map from the cache, or makes and keeps it.
+
+    Args:
+      method: the name of the map.
+      source, target: fingerprints of the tokenizers.
+      make: computes the map.
+      directory: of the cache; None: `maps` in the user's cache directory.
+
+    Returns:
+      The map, int32. A directory that cannot be written to costs the cache and nothing else.
+    """
+    place = cache_dir() / "maps" if directory is None else Path(directory)
+    path = place / f"{method}-v{VERSION}-{source}-{target}.npz"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return VocabMap(arrays["symbol_of_source"], arrays["symbol_of_target"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        found = make()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=place, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **found._asdict())
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    return found
