@@ -1,0 +1,140 @@
+"""The compiled programs of `merge_chunks`: one per method, number of inputs and dtype, as every chunk has one size.
+
+Chunks come raw: bfloat16 as its 16 bits, float16 and float32 as they are. Rows are widened to float32 inside the
+program, which XLA fuses with the arithmetic into one loop over the chunk; a result is rounded once, at its end.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fusejax.merging import MERGE_METHODS
+
+__all__ = [
+    "MERGEKIT_FLOOR", "change_bits", "changes", "elect", "erase", "line", "pure", "run_formula", "second_row",
+    "shifted", "spread_bits", "sum_of_two", "widened_rows",
+]  # fmt: skip
+
+MERGEKIT_FLOOR = 1e-6  # mean squares below it count as none, and so does a divisor
+
+
+def _widen(raw: jax.Array) -> jax.Array:
+    if raw.dtype != jnp.uint16:
+        return raw.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(raw.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def _narrow(values: jax.Array, dtype: str) -> jax.Array:
+    """Rounds to the nearest, ties to even; bfloat16 in integers, which is faster than the conversion."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(jnp.uint16)
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "options", "dtype"))
+def run_formula(raw: jax.Array, numbers: Any, *, formula: Any, options: Any, dtype: str) -> jax.Array:
+    return _narrow(formula(_widen(raw), *numbers, **dict(options)), dtype)
+
+
+@jax.jit
+def widened_rows(raw: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(_widen(row) for row in raw)
+
+
+@jax.jit
+def changes(raw: jax.Array, selected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    rows = _widen(raw)
+    found = [rows[j] - rows[0] for j in range(1, len(rows))]
+    if selected:
+        mask = _mask(_spread(rows), *selected)
+        found = [jnp.where(mask, change, 0) for change in found]
+    return tuple(found)
+
+
+@jax.jit
+def spread_bits(raw: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_spread(_widen(raw)), jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnames="which")
+def change_bits(raw: jax.Array, *, which: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    rows = _widen(raw)
+    return tuple(jax.lax.bitcast_convert_type(jnp.abs(rows[1 + j] - rows[0]), jnp.uint32) for j in which)
+
+
+def _spread(rows: jax.Array) -> jax.Array:
+    """As `fusejax.merging.sce` takes it: squared differences of all pairs of targets."""
+    pairs = [jnp.square(rows[i] - rows[j]) for i in range(1, len(rows)) for j in range(1, i)]
+    return sum(pairs, start=jnp.zeros_like(rows[0]))
+
+
+def _mask(values: jax.Array, threshold: jax.Array, bound: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    index = jnp.arange(len(values), dtype=jnp.int32)
+    return (bits > threshold) | ((bits == threshold) & (index < bound))
+
+
+def _total(values: Sequence[jax.Array]) -> jax.Array:
+    return sum(values[1:], start=values[0])
+
+
+def pure(rows: jax.Array, *arrays: jax.Array, method: str, names: tuple[str, ...], **options: Any) -> jax.Array:
+    """A function of `fusejax.merging` that treats every element on its own."""
+    spec = MERGE_METHODS[method]
+    base, targets = (rows[0], rows[1:]) if spec.needs_base else (None, rows)
+    return spec.function(base, targets, **dict(zip(names, arrays, strict=True)), **options)
+
+
+def second_row(rows: jax.Array) -> jax.Array:
+    return rows[1]
+
+
+def line(rows: jax.Array, t: jax.Array) -> jax.Array:
+    return rows[0] + t * (rows[1] - rows[0])
+
+
+def sum_of_two(rows: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    return first * rows[0] + second * rows[1]
+
+
+def shifted(rows: jax.Array, shares: jax.Array) -> jax.Array:
+    return rows[0] + _total([shares[j] * (rows[j + 1] - rows[0]) for j in range(len(rows) - 1)])
+
+
+def erase(rows: jax.Array, weights: jax.Array, *selected: jax.Array, variant: str, masked: bool) -> jax.Array:
+    base, changes = rows[0], [rows[j] - rows[0] for j in range(1, len(rows))]
+    if masked:
+        mask = _mask(_spread(rows), *selected)
+        changes = [jnp.where(mask, change, 0) for change in changes]
+    total = _total(changes)
+    up, down = (total > 0, total < 0) if variant == "paper" else (total >= 0, total < 0)
+    factors = [
+        jnp.where((up & (change > 0)) | (down & (change < 0)), weights[j], 0) for j, change in enumerate(changes)
+    ]
+    merged = _total([factor * change for factor, change in zip(factors, changes, strict=True)])
+    if variant == "paper":
+        return base + merged
+    norm = _total(factors)
+    return base + merged / (jnp.where(norm == 0, 1, norm) if variant == "fuseai" else jnp.maximum(norm, MERGEKIT_FLOOR))
+
+
+def elect(
+    rows: jax.Array, weights: jax.Array, scale: jax.Array, found: Any, *, normalize: bool, trimmed: tuple[int, ...]
+) -> jax.Array:
+    votes = []
+    for j in range(len(rows) - 1):
+        change = rows[j + 1] - rows[0]
+        if j in trimmed:
+            change = jnp.where(_mask(jnp.abs(change), *found[trimmed.index(j)]), change, 0)
+        votes.append(change * weights[j])
+    positive = _total(votes) >= 0
+    kept = [jnp.where(positive, vote > 0, vote < 0) for vote in votes]
+    merged = _total([jnp.where(keep, vote, 0) for keep, vote in zip(kept, votes, strict=True)])
+    if normalize:
+        norm = _total([jnp.where(keep, weights[j], 0) for j, keep in enumerate(kept)])
+        merged = merged / jnp.where(norm == 0, 1, norm)
+    return rows[0] + scale * merged
