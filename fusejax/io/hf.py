@@ -27,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fusejax.errors import InputError
-from fusejax.models.config import ModelConfig, model_config_from_hf, model_config_to_hf
+from fusejax.models.config import ModelConfig
+from fusejax.models.hf_config import model_config_from_hf, model_config_to_hf
+from fusejax.models.hf_names import hf_names
 from fusejax.models.params import ParamSpec, check_params, param_table
 from fusejax.parallel.paths import flatten_paths, unflatten_paths
 
@@ -51,7 +53,8 @@ TOKENIZER_FILES = (
 _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _DTYPE_NAMES = ("float32", "float16", "bfloat16")
 _MAX_JSON_BYTES = 200 * 2**20
-_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old exports carry; it follows from the config
+# buffers that old exports carry and that follow from the config (GPT-NeoX: its causal mask)
+_IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", ".attention.bias")
 
 
 def read_hf_config(directory: str | os.PathLike[str]) -> ModelConfig:
@@ -168,9 +171,10 @@ class _Tensors:
         """Returns what is missing, unexpected, repeated or of a wrong shape or dtype."""
         wanted = {name: spec.hf_shape for spec in table.values() for name in spec.hf_names()}
         problems = list(self._repeated)
+        head = _head_name(cfg)
         for name, shape in wanted.items():
             if name not in self._file_of:
-                hint = " (if the head is tied, set tie_word_embeddings)" if name == "lm_head.weight" else ""
+                hint = " (if the head is tied, set tie_word_embeddings)" if name == head else ""
                 problems.append(f"missing: {name} {shape}{hint}")
                 continue
             found = self._files[self._file_of[name]].get_slice(name)
@@ -179,7 +183,7 @@ class _Tensors:
                 problems.append(f"{where} has shape {tuple(found.get_shape())}, expected {shape}{_hint(name, cfg)}")
             if found.get_dtype() not in _DTYPES:
                 problems.append(f"{where} has dtype {found.get_dtype()}, expected one of {', '.join(_DTYPES)}")
-        allowed_head = "lm_head.weight" if cfg.tie_embeddings else None
+        allowed_head = head if cfg.tie_embeddings else None
         problems += [
             f"{path.name}: {name} is not part of this architecture"
             for name, path in self._file_of.items()
@@ -188,38 +192,40 @@ class _Tensors:
         return problems
 
     def read_leaf(self, spec: ParamSpec, dtype: Any) -> np.ndarray:
-        """Returns one leaf in our layout, its layers read one after another."""
-        if not spec.stacked:
+        """Returns one leaf in our layout, its tensors read one after another."""
+        if not spec.stack:
             return np.ascontiguousarray(spec.from_hf(self._read(spec.hf_name, dtype)))
         names = spec.hf_names()
         first = spec.from_hf(self._read(names[0], dtype))
         leaf = np.empty(spec.shape, first.dtype)
-        leaf[0] = first
-        for layer, name in enumerate(names[1:], start=1):
+        entries = leaf.reshape(len(names), *spec.layer_shape)
+        entries[0] = first
+        for i, name in enumerate(names[1:], start=1):
             tensor = self._read(name, dtype)
             if tensor.dtype != leaf.dtype:
                 raise InputError(
                     f"{self._file_of[name]}: {name} is {tensor.dtype}, but layer 0 is {leaf.dtype}; "
                     "give a dtype to convert to"
                 )
-            leaf[layer] = spec.from_hf(tensor)
+            entries[i] = spec.from_hf(tensor)
         return leaf
 
     def check_tied_head(self, cfg: ModelConfig) -> None:
         """Raises where a head is stored though the config says that it is the embedding, and it is not."""
-        if not cfg.tie_embeddings or "lm_head.weight" not in self._file_of:
+        name = _head_name(cfg)
+        if not cfg.tie_embeddings or name not in self._file_of:
             return
-        head, embedding = self._read("lm_head.weight", None), self._read("model.embed_tokens.weight", None)
+        head, embedding = self._read(name, None), self._read(_embedding_name(cfg), None)
         if head.dtype != embedding.dtype or not np.array_equal(head, embedding):
             raise InputError(
-                f"{self._file_of['lm_head.weight']}: lm_head.weight differs from the embedding although "
+                f"{self._file_of[name]}: {name} differs from the embedding although "
                 "tie_word_embeddings is true; set it to false to keep the head"
             )
 
     def _read(self, name: str, dtype: Any) -> np.ndarray:
         path = self._file_of[name]
         tensor = self._files[path].get_tensor(name)
-        if not np.isfinite(tensor).all():
+        if not np.isfinite(tensor).all() and f"{path.name}: {name}" not in self.not_finite:
             self.not_finite.append(f"{path.name}: {name}")
         if dtype is None or tensor.dtype == dtype:
             return tensor
@@ -296,8 +302,16 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _embedding_name(cfg: ModelConfig) -> str:
+    return f"{hf_names(cfg.architecture)['embed']}.weight"
+
+
+def _head_name(cfg: ModelConfig) -> str:
+    return f"{hf_names(cfg.architecture)['head']}.weight"
+
+
 def _hint(name: str, cfg: ModelConfig) -> str:
-    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+    if name in (_embedding_name(cfg), _head_name(cfg)):
         return f" (vocab_size of config.json is {cfg.vocab_size})"
     return ""
 
@@ -312,12 +326,24 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields Hugging Face names and contiguous tensors, one at a time."""
+    sharing: dict[str, list[tuple[ParamSpec, np.ndarray]]] = {}  # name -> the leaves in that tensor
     for path, spec in param_table(cfg).items():
-        leaf = np.asarray(flat[path])
-        layers = leaf if spec.stacked else leaf[None]
-        for name, layer in zip(spec.hf_names(), layers, strict=True):
-            # contiguous: safetensors writes the memory of an array, whatever its strides
-            yield name, np.ascontiguousarray(spec.to_hf(layer))
+        sharing.setdefault(spec.hf_name, []).append((spec, np.asarray(flat[path])))
+    for members in sharing.values():
+        spec, leaf = members[0]
+        for i, name in enumerate(spec.hf_names()):
+            entries = [spec.to_hf(leaf.reshape(-1, *spec.layer_shape)[i]) for spec, leaf in members]
+            if spec.fused is None:
+                # contiguous: safetensors writes the memory of an array, whatever its strides
+                yield name, np.ascontiguousarray(entries[0])
+                continue
+            if len({part.dtype for part in entries}) > 1:
+                raise InputError(f"{name} holds leaves of different dtypes; convert the parameters to one")
+            whole = np.empty(spec.hf_shape, leaf.dtype)
+            for (member, _), part in zip(members, entries, strict=True):
+                if member.fused is not None:
+                    member.fused.put(whole, part)
+            yield name, whole
 
 
 def _write_weights(target: Path, cfg: ModelConfig, flat: Mapping[str, Any], max_shard_bytes: int) -> None:

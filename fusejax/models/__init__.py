@@ -1,6 +1,7 @@
-"""Llama and Mistral decoders: configs, the parameter table, the forward pass and scoring."""
+"""Decoder-only models of seven families: configs, the parameter table, the forward pass and scoring."""
 
-from fusejax.models.config import ModelConfig, model_config_from_hf, model_config_to_hf
+from fusejax.models.config import BlockConfig, ModelConfig
+from fusejax.models.hf_config import model_config_from_hf, model_config_to_hf
 from fusejax.models.llama import head_kernel, hidden_states, logits
 from fusejax.models.params import (
     ParamSpec,
@@ -15,6 +16,7 @@ from fusejax.models.rope import RopeConfig
 from fusejax.models.scoring import score_tokens
 
 __all__ = [
+    "BlockConfig",
     "ModelConfig",
     "ParamSpec",
     "RopeConfig",

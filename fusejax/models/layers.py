@@ -4,12 +4,24 @@ Norms, rotations and softmax are computed in float32 whatever the activations ar
 door to the attention implementation. Not here: a cache for generation, and dropout.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fusejax.parallel.sharding import Layout
 
-__all__ = ["apply_rope", "attention", "attention_mask", "rms_norm", "swiglu"]
+__all__ = [
+    "activate",
+    "alibi_bias",
+    "apply_rope",
+    "attention",
+    "attention_mask",
+    "expert_weights",
+    "layer_norm",
+    "rms_norm",
+]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -19,11 +31,41 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, eps: float) -> jax.Array:
+    """Returns `(x - mean(x)) / std(x) * scale + bias` over the last axis, in float32, in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    scaled = normed * scale.astype(jnp.float32)
+    return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel pairs (i, i + H/2) of `x` `[B, T, N, H]` by the angles of cos and sin `[B, T, H/2]`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates channel pairs (i, i + R/2) of `x` `[B, T, N, H]` by the angles of cos and sin `[B, T, R/2]`.
+
+    The channels from R on, where there are any, are left as they are.
+    """
+    half = cos.shape[-1]
+    ends = (half,) if 2 * half == x.shape[-1] else (half, 2 * half)
+    first, second, *rest = jnp.split(x.astype(jnp.float32), ends, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1).astype(x.dtype)
+
+
+def alibi_bias(num_heads: int, length: int, *, bias_max: float) -> jax.Array:
+    """Returns the linear biases `[1, N, T, T]` (float32) of Press et al., arXiv:2108.12409, as MPT has them.
+
+    A key d positions back costs `slope * d`; the slopes of N heads are `2 ** -(bias_max * i / N)` for N a power
+    of two, and every second one of the next power first otherwise. Rows count positions: within a segment the
+    distance is the same.
+    """
+    power = 2 ** math.ceil(math.log2(num_heads))
+    slopes = 2.0 ** (-bias_max * np.arange(1, power + 1) / power)
+    if power != num_heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
+    index = jnp.arange(length)
+    distance = (index[:, None] - index[None, :]).astype(jnp.float32)
+    return -jnp.asarray(slopes, jnp.float32)[None, :, None, None] * distance
 
 
 def attention_mask(segment_ids: jax.Array, *, sliding_window: int | None = None) -> jax.Array:
@@ -44,8 +86,10 @@ def attention_mask(segment_ids: jax.Array, *, sliding_window: int | None = None)
     return (visible[None] & same)[:, None]
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
-    """Returns softmax(q k^T / sqrt(H)) v, `[B, T, N, H]`, with grouped queries.
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, layout: Layout, *, bias: jax.Array | None = None
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(H) + bias) v, `[B, T, N, H]`, with grouped queries.
 
     On a mesh it runs once per device on whole rows and whole groups of heads (no communication).
 
@@ -54,26 +98,40 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, layout:
         k, v: `[B, T, Nkv, H]`, Nkv divides N.
         mask: `[B, 1, T, T]` bool, true where a query may read a key.
         layout: where the arrays lie.
+        bias: `[1, N, T, T]` float32, added to the scores.
     """
     if layout.mesh is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return _attend(q, k, v, mask, bias)
     if layout.rules.kv_heads != layout.rules.heads:  # key heads are whole where query heads are split
         groups = q.shape[2] // k.shape[2]
         k, v = (_repeat_heads(x, groups, layout) for x in (k, v))
     head_spec = layout.sharding(("batch", None, "heads", "head_dim")).spec
     mask_spec = layout.sharding(("batch", None, None, None)).spec
+    bias_axes = (None, "heads", None, None)
     sharded = jax.shard_map(
-        lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask),
+        _attend,
         mesh=layout.mesh,
-        in_specs=(head_spec, head_spec, head_spec, mask_spec),
+        in_specs=(head_spec, head_spec, head_spec, mask_spec, layout.sharding(bias_axes).spec),
         out_specs=head_spec,
     )
-    return sharded(q, k, v, layout.constrain(mask, ("batch", None, None, None)))
+    mask = layout.constrain(mask, ("batch", None, None, None))
+    return sharded(q, k, v, mask, None if bias is None else layout.constrain(bias, bias_axes))
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Returns `silu(gate) * up`."""
-    return jax.nn.silu(gate) * up
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+
+
+def expert_weights(scores: jax.Array, *, count: int) -> jax.Array:
+    """Returns the weights `[B, T, E]` (float32) of experts: softmax over the `count` largest of `scores`, else 0."""
+    chosen, index = jax.lax.top_k(scores.astype(jnp.float32), count)
+    weights = jax.nn.softmax(chosen, axis=-1)
+    return jnp.sum(jax.nn.one_hot(index, scores.shape[-1]) * weights[..., None], axis=-2)
+
+
+def activate(x: jax.Array, kind: str) -> jax.Array:
+    """Returns the activation "silu", "gelu" (exact) or "gelu_tanh" of `x`."""
+    return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=kind == "gelu_tanh")
 
 
 def _repeat_heads(x: jax.Array, groups: int, layout: Layout) -> jax.Array:

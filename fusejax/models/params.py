@@ -3,7 +3,10 @@
 A row holds shape, logical axes, initialiser and the Hugging Face tensor it corresponds to. Initialisation,
 abstract trees, shardings, the weight-decay mask, import, export and shape checks read this table and
 nothing else. Layers are stacked: a leaf under `layers.` has a leading axis `layers`, and one Hugging Face
-tensor per layer.
+tensor per layer; the experts of a layer are a second such axis.
+
+Every family has the same paths (q, k and v apart, a feed-forward part of gate, up and down), however its
+checkpoints are laid out: `FusedSlice` takes a leaf out of a tensor that holds several, and puts it back.
 
 A kernel is kept as [inputs..., outputs...]; Hugging Face keeps [outputs, inputs] flat. Because rotary
 embeddings stay half-split as there, conversion is a reshape and a transpose and nothing else.
@@ -22,6 +25,7 @@ import numpy as np
 
 from fusejax.errors import InputError
 from fusejax.models.config import ModelConfig
+from fusejax.models.hf_names import FusedSlice, fused_slices, hf_names
 from fusejax.parallel.paths import flatten_paths, unflatten_paths
 
 __all__ = [
@@ -42,26 +46,31 @@ class ParamSpec:
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # logical axes, as many as dimensions
     initializer: str  # "normal" (standard deviation initializer_range), "ones" or "zeros"
-    hf_name: str  # with {layer} where the leaf is stacked
-    inputs: int = 0  # for kernels: how many axes (after layers) are inputs; 0: kept as it is
+    hf_name: str  # with {layer} and {expert} where the leaf is stacked
+    inputs: int = 0  # for kernels: how many axes (after layers and experts) are inputs; 0: kept as it is
+    fused: FusedSlice | None = None  # where the leaf lies in a tensor that holds several
 
     @property
-    def stacked(self) -> bool:
-        """Whether the leading axis counts layers."""
-        return self.axes[0] == "layers"
+    def stack(self) -> tuple[int, ...]:
+        """The leading sizes that count tensors: layers, and experts where there are any."""
+        # the last axis never does: a router's outputs are experts, too
+        return self.shape[: sum(axis in ("layers", "experts") for axis in self.axes[:-1])]
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """The shape without the leading axis of layers."""
-        return self.shape[1:] if self.stacked else self.shape
+        """The shape without the leading axes of layers and experts."""
+        return self.shape[len(self.stack) :]
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of one Hugging Face tensor."""
         shape = self.layer_shape
         if self.inputs:
-            return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
-        return shape if self.hf_name.endswith("embed_tokens.weight") else (math.prod(shape),)
+            rows = self.fused.rows(shape[-1]) if self.fused else math.prod(shape[self.inputs :])
+            return rows, math.prod(shape[: self.inputs])
+        if self.fused:
+            return (self.fused.rows(shape[-1]),)
+        return shape if self.axes[0] == "vocab" else (math.prod(shape),)
 
     @property
     def decays(self) -> bool:
@@ -69,56 +78,68 @@ class ParamSpec:
         return "embed" in self.axes and len(self.layer_shape) > 1
 
     def hf_names(self) -> list[str]:
-        """Returns the names of the Hugging Face tensors, one per layer where stacked."""
-        return [self.hf_name.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_name]
+        """Returns the names of the Hugging Face tensors, in the order of the stacked axes."""
+        return [
+            self.hf_name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            for index in np.ndindex(*self.stack)
+        ]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns one Hugging Face tensor in our layout (one layer of a stacked leaf); a view."""
-        return (tensor.T if self.inputs else tensor).reshape(self.layer_shape)
+        """Returns one Hugging Face tensor in our layout (one entry of a stacked leaf); a view where not fused."""
+        part = self.fused.take(tensor) if self.fused else tensor
+        return (part.T if self.inputs else part).reshape(self.layer_shape)
 
     def to_hf(self, leaf: np.ndarray) -> np.ndarray:
-        """Returns one layer (or an unstacked leaf) in the Hugging Face layout; a view."""
-        shape = self.hf_shape
-        return leaf.reshape(shape[::-1]).T if self.inputs else leaf.reshape(shape)
+        """Returns one entry (or an unstacked leaf) in the Hugging Face layout; a view.
+
+        Of a fused tensor these are the leaf's own rows, for `FusedSlice.put`.
+        """
+        if self.inputs:
+            columns = math.prod(self.layer_shape[: self.inputs])
+            return leaf.reshape(columns, -1).T
+        return leaf if self.axes[0] == "vocab" else leaf.reshape(-1)
 
 
 def param_table(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """Returns the rows of a model's parameters by dotted path, in the order of computation."""
-    width, mlp, count = cfg.hidden_size, cfg.intermediate_size, cfg.num_layers
-    heads, kv_heads, head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    embedding = ParamSpec((cfg.vocab_size, width), ("vocab", "embed"), "normal", "model.embed_tokens.weight")
-    table = {"embed.embedding": embedding}
+    names, fused, block = hf_names(cfg.architecture), fused_slices(cfg), cfg.block
+    table: dict[str, ParamSpec] = {}
 
-    def norm(path: str, hf_name: str) -> None:
-        table[f"layers.{path}.scale"] = ParamSpec(
-            (count, width), ("layers", "embed"), "ones", f"model.layers.{{layer}}.{hf_name}.weight"
-        )
+    def add(path: str, leaf: str, sizes: dict[str, int], initializer: str, inputs: int = 0) -> None:
+        stacked = {"layers": cfg.num_layers} if path.startswith("layers.") else {}
+        ending = "bias" if leaf == "bias" else "weight"
+        shape, axes = (*stacked.values(), *sizes.values()), (*stacked, *sizes)
+        name = f"{names[path]}.{ending}"
+        table[f"{path}.{leaf}"] = ParamSpec(shape, axes, initializer, name, inputs, fused.get(path))
 
-    def linear(path: str, hf_name: str, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool) -> None:
-        shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
-        name = f"model.layers.{{layer}}.{hf_name}"
-        table[f"layers.{path}.kernel"] = ParamSpec(
-            (count, *shape), ("layers", *axes), "normal", f"{name}.weight", len(inputs)
-        )
+    def norm(path: str) -> None:
+        add(path, "scale", embed, "ones")
+        if block.norm_bias:
+            add(path, "bias", embed, "zeros")
+
+    def linear(path: str, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool = False) -> None:
+        experts = {"experts": block.num_experts} if "{expert}" in names[path] else {}
+        add(path, "kernel", experts | inputs | outputs, "normal", len(inputs))
         if bias:
-            table[f"layers.{path}.bias"] = ParamSpec(
-                (count, *outputs.values()), ("layers", *outputs), "zeros", f"{name}.bias"
-            )
+            add(path, "bias", outputs, "zeros")
 
-    embed = {"embed": width}
-    query, key = {"heads": heads, "head_dim": head_dim}, {"kv_heads": kv_heads, "head_dim": head_dim}
-    norm("attention_norm", "input_layernorm")
+    embed, mlp, vocab = {"embed": cfg.hidden_size}, {"mlp": cfg.intermediate_size}, {"vocab": cfg.vocab_size}
+    query = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+    key = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
+    add("embed", "embedding", vocab | embed, "normal")
+    norm("layers.attention_norm")
     for name, outputs in {"q": query, "k": key, "v": key}.items():
-        linear(f"attention.{name}", f"self_attn.{name}_proj", embed, outputs, bias=cfg.attention_bias)
-    linear("attention.o", "self_attn.o_proj", query, embed, bias=cfg.attention_bias)
-    norm("mlp_norm", "post_attention_layernorm")
-    for name in ("gate", "up"):
-        linear(f"mlp.{name}", f"mlp.{name}_proj", embed, {"mlp": mlp}, bias=cfg.mlp_bias)
-    linear("mlp.down", "mlp.down_proj", {"mlp": mlp}, embed, bias=cfg.mlp_bias)
-    table["final_norm.scale"] = ParamSpec((width,), ("embed",), "ones", "model.norm.weight")
+        linear(f"layers.attention.{name}", embed, outputs, bias=cfg.attention_bias)
+    linear("layers.attention.o", query, embed, bias=cfg.attention_bias and cfg.architecture != "qwen2")
+    norm("layers.mlp_norm")
+    if block.num_experts:
+        linear("layers.mlp.router", embed, {"experts": block.num_experts})
+    for name in ("gate", "up") if block.gated else ("up",):
+        linear(f"layers.mlp.{name}", embed, mlp, bias=cfg.mlp_bias)
+    linear("layers.mlp.down", mlp, embed, bias=cfg.mlp_bias)
+    norm("final_norm")
     if not cfg.tie_embeddings:
-        shape, axes = (width, cfg.vocab_size), ("embed", "vocab")
-        table["head.kernel"] = ParamSpec(shape, axes, "normal", "lm_head.weight", 1)
+        linear("head", embed, vocab)
     return table
 
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings: what a config says, and the frequencies that follow from it.
 
-The five kinds that Llama and Mistral checkpoints use are read from both forms in which Hugging Face keeps
+The five kinds that checkpoints use are read from both forms in which Hugging Face keeps
 them: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Export writes
 both, because transformers 4 reads the new form silently as theta 10000. Anything unknown is an error: a
 wrong rotation gives a model that works a little worse, which nobody notices.
@@ -49,6 +49,7 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    partial_rotary_factor: float | None = None  # share of a head's channels that is rotated; None: all
 
     def __post_init__(self) -> None:
         if self.kind not in _REQUIRED:
@@ -60,6 +61,8 @@ class RopeConfig:
             raise InputError(f"RoPE of kind {self.kind!r} needs {', '.join(missing)}")
         if self.rope_theta <= 0 or (self.factor is not None and self.factor < 1):
             raise InputError(f"rope_theta must be > 0 and factor >= 1, got {self.rope_theta} and {self.factor}")
+        if self.partial_rotary_factor is not None and not 0 < self.partial_rotary_factor <= 1:
+            raise InputError(f"partial_rotary_factor must lie in (0, 1], got {self.partial_rotary_factor}")
 
 
 def rope_from_hf(config: Mapping[str, Any], *, max_positions: int) -> RopeConfig:
@@ -80,7 +83,8 @@ def rope_from_hf(config: Mapping[str, Any], *, max_positions: int) -> RopeConfig
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """Returns the config entries of a rotary embedding, for transformers 4 and 5 at once."""
-    values = {f.name: getattr(rope, f.name) for f in fields(rope) if f.name not in ("kind", "rope_theta")}
+    own = ("kind", "rope_theta", "partial_rotary_factor")  # the last one is written by the families that have it
+    values = {f.name: getattr(rope, f.name) for f in fields(rope) if f.name not in own}
     scaling = {"rope_type": rope.kind} | {name: value for name, value in values.items() if value is not None}
     return {
         "rope_theta": rope.rope_theta,

@@ -1,6 +1,6 @@
 """From logical axes to shardings, for parameters and activations, in Auto and Explicit mode.
 
-Parameters name their axes (`vocab embed layers heads kv_heads head_dim mlp`), activations theirs (`batch
+Parameters name their axes (`vocab embed layers heads kv_heads head_dim mlp experts`), activations theirs (`batch
 seq` and the former). `ShardingRules` says on which mesh axes each logical axis lies; nothing else in the
 package knows. A mesh axis is used once per array: on a second use the later axis is left whole.
 
@@ -40,6 +40,7 @@ class ShardingRules:
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ()
 
 
 class HasAxes(Protocol):
