@@ -7,7 +7,16 @@ them lies `lengths.npy`, the positions of every document. The manifest (last) cl
 Deliberately not here: compression of whole shards, which would cost random access its speed.
 """
 
-__all__ = ["Record", "RecordReader", "RecordWriter", "damaged_records", "pack_record", "shard_index", "unpack_record"]
+__all__ = [
+    "Record",
+    "RecordReader",
+    "RecordWriter",
+    "damaged_records",
+    "pack_record",
+    "reopen",
+    "shard_index",
+    "unpack_record",
+]
 
 import errno
 import functools
@@ -67,8 +76,7 @@ class RecordWriter:
             raise ValueError(f"shard_size is {shard_size}, expected at least 1")
         self.directory, self.kind, self.shard_size, self.codec = Path(directory), kind, shard_size, codec
         self.settings, self.parents = dict(settings), dict(parents or {})
-        plan = {"plan": fingerprint_of([kind, self.settings, self.parents, shard_size])}
-        self._clear_unless(plan)
+        self._clear_unless(_plan(kind, self.settings, self.parents, shard_size))
         self._shard = 0
         while self.has(self._shard):
             self._shard += 1
@@ -103,6 +111,10 @@ class RecordWriter:
         self._pending.append(pack_record(record, codec=self.codec))
         if len(self._pending) == self.shard_size:
             self._flush()
+
+    def flush(self) -> None:
+        """Puts a shard in place that has fewer records than the others: the last one."""
+        self._flush()
 
     def _flush(self) -> None:
         if not self._pending:
@@ -148,14 +160,29 @@ class RecordWriter:
             np.save(file, np.asarray(lengths, np.int32), allow_pickle=False)
         os.replace(temporary, self.directory / _LENGTHS)
         (self.directory / _PLAN).unlink()
+        size = sum((self.directory / name).stat().st_size for name in counts)
+        measured = {"positions": sum(lengths), "bytes_per_position": size / max(sum(lengths), 1)}
         return write_manifest(
             self.directory,
             kind=self.kind,
             settings=self.settings | {"shard_size": self.shard_size},
             parents=self.parents,
-            facts=dict(facts or {}),
+            facts=measured | dict(facts or {}),
             counts=counts,
         )
+
+
+def _plan(kind: str, settings: Mapping[str, Any], parents: Mapping[str, str] | None, shard_size: int) -> dict[str, str]:
+    return {"plan": fingerprint_of([kind, dict(settings), dict(parents or {}), shard_size])}
+
+
+def reopen(
+    directory: Path, *, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], shard_size: int
+) -> None:
+    """Makes a finished artefact an unfinished one, to which a `RecordWriter` of this identity adds what is missing."""
+    write_json(directory / _PLAN, _plan(kind, settings, parents, shard_size))
+    for name in (MANIFEST, _LENGTHS):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _read_plan(path: Path) -> Any:
@@ -180,6 +207,8 @@ def damaged_records(path: Path) -> list[int] | None:
         reader = _open_shard(path)
         count = reader.num_records()
     except (InputError, RuntimeError):
+        return None
+    if not count:  # no shard is empty: the library reads a broken file so
         return None
     bad = []
     for index in range(count):

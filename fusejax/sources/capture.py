@@ -32,13 +32,14 @@ class _Batch(NamedTuple):
     count: int  # rows, padding rows included
 
 
-def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int) -> list[_Batch]:
+def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int, row_multiple: int = 1) -> list[_Batch]:
     """Groups the windows of documents into batches of few different shapes.
 
     Args:
       lengths: predicting positions of each document.
       context: most positions in a window.
-      batch_tokens: positions in a batch, padding included.
+      batch_tokens: positions in a batch, padding included, rounded up where rows must be a multiple.
+      row_multiple: the rows of every batch are a multiple of this, the devices that share them.
     """
     if context < 1 or batch_tokens < context:
         raise ValueError(f"context {context} must be at least 1 and at most batch_tokens {batch_tokens}")
@@ -50,7 +51,7 @@ def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int) -
             groups[next(b for b in buckets if b >= stop - start)].append((document, start, stop))
     batches = []
     for bucket, rows in groups.items():
-        count = max(1, batch_tokens // bucket)
+        count = max(1, batch_tokens // bucket // row_multiple) * row_multiple
         batches += [_Batch(rows[i : i + count], bucket, count) for i in range(0, len(rows), count)]
     return batches
 
@@ -74,7 +75,8 @@ def capture_shard(
     top_k: int,
     context: int,
     batch_tokens: int,
-    dtype: str = "float16",
+    dtype: str = "float32",
+    row_multiple: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterator[CapturedDocument]:
     """Yields the distributions of `documents`, in order.
@@ -85,7 +87,8 @@ def capture_shard(
       top_k: K.
       context: most positions in a window.
       batch_tokens: positions per call of `score`.
-      dtype: numpy dtype of the stored log-probabilities.
+      dtype: numpy dtype of the log-probabilities.
+      row_multiple: the rows of every batch are a multiple of this.
       on_batch: told how many positions were done.
 
     Raises:
@@ -102,7 +105,9 @@ def capture_shard(
         )
         for d in documents
     ]
-    for batch in window_batches([len(d.tokens) for d in documents], context=context, batch_tokens=batch_tokens):
+    lengths = [len(d.tokens) for d in documents]
+    shapes = {"context": context, "batch_tokens": batch_tokens, "row_multiple": row_multiple}
+    for batch in window_batches(lengths, **shapes):
         realised, topk = score(*_arrays(batch, documents))
         realised, ids, logprobs, residual = map(np.asarray, (realised, topk.ids, topk.logprobs, topk.residual_logprob))
         for row, (document, start, stop) in enumerate(batch.rows):

@@ -1,30 +1,68 @@
-"""verify: every checksum of every artefact under a directory."""
+"""verify: every checksum of every artefact under a directory; with --repair, what is bad is made again."""
 
-__all__ = ["command"]
+__all__ = ["command", "find_damage"]
 
 from pathlib import Path
 
 from fusejax.errors import InputError
-from fusejax.io.manifest import MANIFEST, verify_directory
+from fusejax.io.manifest import MANIFEST, damaged_files
 from fusejax.io.progress import progress
+from fusejax.io.store import damaged_records, shard_index
 from fusejax.stages.command import Result, parser
+
+Damage = dict[Path, dict[str, str]]  # artefact -> file -> what is wrong with it
+
+
+def find_damage(artefacts: list[Path]) -> Damage:
+    """Returns what is wrong with artefacts, down to the record; those that are whole are left out."""
+    damage: Damage = {}
+    with progress("verify", total=len(artefacts), unit="artefacts") as bar:
+        for directory in artefacts:
+            try:
+                bad = damaged_files(directory)
+            except InputError as error:
+                bad = {MANIFEST: str(error)}
+            if bad:
+                damage[directory] = {name: _with_records(directory / name, bad[name]) for name in bad}
+            bar.update(1)
+    return damage
+
+
+def _with_records(path: Path, problem: str) -> str:
+    """Adds to a shard's problem which of its records are damaged."""
+    if shard_index(path.name) is None or not path.is_file():
+        return problem
+    records = damaged_records(path)
+    if records is None:
+        return f"{problem}; the shard cannot be read"
+    shown = ", ".join(map(str, records[:20])) + (", ..." if len(records) > 20 else "")
+    return f"{problem}; damaged records: {shown}" if records else f"{problem}; its records are whole"
+
+
+def _lines(damage: Damage) -> list[str]:
+    return [f"{directory / name}: {problem}" for directory, bad in damage.items() for name, problem in bad.items()]
 
 
 def command(name: str, words: list[str]) -> Result:
-    """`fusejax verify DIR`: exit 0, or exit 2 and what is bad."""
+    """`fusejax verify DIR [--repair]`: exit 0, or exit 2 and what is bad."""
     arguments = parser(name, "Check size and checksum of every file listed by a manifest under DIR.")
     arguments.add_argument("directory", type=Path, help="artefact, model or run directory")
+    arguments.add_argument(
+        "--repair", action="store_true", help="make bad artefacts of a run again: of a capture only the bad shards"
+    )
     given = arguments.parse_args(words)
     found = sorted(path.parent for path in given.directory.rglob(MANIFEST))
     if not found:
         raise InputError(f"no {MANIFEST} under {given.directory}: there is nothing to verify")
-    bad: list[str] = []
-    with progress("verify", total=len(found), unit="artefacts") as bar:
-        for directory in found:
-            try:
-                bad += verify_directory(directory)
-            except InputError as error:
-                bad.append(str(error))
-            bar.update(1)
+    damage = find_damage(found)
+    bad, repaired = _lines(damage), []
     text = f"{len(found)} artefacts, " + (f"{len(bad)} bad:\n  " + "\n  ".join(bad) if bad else "all good")
-    return Result({"artefacts": len(found), "bad": bad}, text, exit_code=2 if bad else 0)
+    if given.repair and damage:
+        from fusejax.stages.repair import repair
+
+        repaired = repair(damage)
+        bad = _lines(find_damage([directory for directory in damage if (directory / MANIFEST).is_file()]))
+        text += "\nrepaired:\n  " + "\n  ".join(repaired)
+        text += "\nstill bad:\n  " + "\n  ".join(bad) if bad else "\nall good now"
+    data = {"artefacts": len(found), "bad": bad} | ({"repaired": repaired} if given.repair else {})
+    return Result(data, text, exit_code=2 if bad else 0)
