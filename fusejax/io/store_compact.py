@@ -50,7 +50,7 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, bytes]:
     """Returns the layout and the bytes of a record's arrays.
 
     Raises:
-      InputError: entries that do not fall along a row, or ids that are too large.
+      InputError: unused entries (id -1) with mass, or ids that are too large.
     """
     layout: Layout = {}
     side: list[bytes] = []
@@ -203,6 +203,9 @@ def _pack_entries(
     if some is not None:
         side.append(np.packbits(used).tobytes())
         flat_ids, flat = flat_ids[used], flat[used]
+    if flat.shape[1] > 1 and np.any(flat[:, 1:] > flat[:, :-1]):  # the order of entries means nothing: make it falling
+        order = np.argsort(-flat, axis=1, kind="stable")
+        flat_ids, flat = np.take_along_axis(flat_ids, order, 1), np.take_along_axis(flat, order, 1)
     packed, width = encode_entries(flat_ids, flat)
     total = np.exp(flat).sum(axis=1, dtype=np.float64)
     if given is None or np.any(np.abs(total - _mass(given, used)) > _MASS_TOLERANCE):

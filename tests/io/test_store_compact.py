@@ -105,11 +105,18 @@ def test_an_id_that_no_entry_holds_is_refused():
         pack_record(record, codec="compact")
 
 
-def test_rising_entries_and_unused_ones_with_mass_are_refused():
+def test_rising_entries_are_sorted():
     record = _captured(np.random.default_rng(1), 9, 3)
-    turned = record.arrays | {"topk_logprobs": record.arrays["topk_logprobs"][:, ::-1]}
+    turned = {name: record.arrays[name][:, ::-1] for name in ("topk_ids", "topk_logprobs")}
+    again = unpack_record(pack_record(record._replace(arrays=record.arrays | turned), codec="compact"))
+    for name, array in _round_trip(record).arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
     with pytest.raises(InputError, match="sort the entries"):
-        pack_record(record._replace(arrays=turned), codec="compact")
+        encode_entries(turned["topk_ids"], turned["topk_logprobs"])
+
+
+def test_unused_entries_with_mass_are_refused():
+    record = _captured(np.random.default_rng(1), 9, 3)
     ids = record.arrays["topk_ids"].copy()
     ids[4, 2] = -1
     with pytest.raises(InputError, match="unused"):
