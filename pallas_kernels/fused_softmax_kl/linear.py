@@ -1,6 +1,6 @@
 """The output matmul fused with the losses: a scan over token chunks, no `[T, V]` array in either direction.
 
-Per chunk: one matmul to the logits, the primitive of `xla`, the losses of `losses` and their vector-Jacobian
+Per chunk: one matmul to the logits, the primitive, the losses of `losses` and their vector-Jacobian
 product on `[c, G]` arrays, one write of dlogits, two matmuls. XLA's own matmuls are kept: a hand-written one
 would save under a tenth at real widths.
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.fused_softmax_kl import api, losses, reference, tiling, xla
+from pallas_kernels.fused_softmax_kl import dispatch, losses, primitive, reference, tiling
 
 __all__ = [
     "LinearOptions",
@@ -58,6 +58,8 @@ class LinearOptions(NamedTuple):
     valid_vocab: int | None = None
     vocab_axis: str | None = None
     implementation: str | None = None
+    logits_dtype: str | None = None
+    interpret: bool = False
     expand: Callable[[Any], Targets] | None = None
 
 
@@ -74,14 +76,20 @@ def _vocab_local(head: Array, options: LinearOptions) -> int:
 
 def _logits(hidden: Array, head: Array, options: LinearOptions) -> Array:
     equation = "td,dv->tv" if options.head_layout == "dv" else "td,vd->tv"
-    return jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, hidden, head, preferred_element_type=jnp.dtype(options.logits_dtype or jnp.float32))
+
+
+def _spec(options: LinearOptions) -> primitive.Spec:
+    temperatures = (1.0,) if options.temperature == 1.0 else (1.0, options.temperature)
+    fields = options.softcap, options.valid_vocab, options.vocab_axis, options.implementation, options.interpret
+    return primitive.Spec(temperatures, *fields)
 
 
 def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options: LinearOptions, vocab: int) -> tuple:
     """Returns (clm [c], kl [c, M]) from the statistics at 1 (and temperature) and z at [label, ids]."""
-    real = xla.valid_ids(targets.labels, vocab, options.valid_vocab)
+    real = primitive.valid_ids(targets.labels, vocab, options.valid_vocab)
     clm = losses.clm_nats(z[:, 0], stats_lse[:, 0], real & chunk.masks[0])
-    event = jnp.where(xla.valid_ids(targets.ids, vocab, options.valid_vocab), targets.event, -1)
+    event = jnp.where(primitive.valid_ids(targets.ids, vocab, options.valid_vocab), targets.event, -1)
     kl = losses.event_divergence(
         z[:, 1:],
         stats_lse[:, -1],
@@ -102,15 +110,11 @@ def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients
     active = chunk.masks[0] | chunk.masks[1].any(axis=-1)
     hidden = jnp.where(active[:, None], chunk.hidden, 0)
     targets = chunk.targets if options.expand is None else options.expand(chunk.targets)
-    axis, local = options.vocab_axis, _vocab_local(head, options)
-    vocab = local * (1 if axis is None else lax.axis_size(axis))
-    temperatures = (1.0,) if options.temperature == 1.0 else (1.0, options.temperature)
-    z = xla.prepare_logits(
-        _logits(hidden, head, options), softcap=options.softcap, valid_vocab=options.valid_vocab, vocab_axis=axis
-    )
+    spec, axis = _spec(options), options.vocab_axis
+    vocab = primitive.whole_vocab(_vocab_local(head, options), spec)
+    z = _logits(hidden, head, options)
     ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
-    valid = xla.valid_ids(ids, vocab, options.valid_vocab)
-    stats = xla.forward(z, ids, valid, temperatures=temperatures, vocab_axis=axis)
+    stats = primitive.statistics(z, ids, spec)
 
     def from_statistics(logsum: Array, gathered: Array) -> tuple:
         return _losses(logsum, gathered, targets, chunk, options, vocab)
@@ -119,9 +123,7 @@ def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients
         return from_statistics(stats.logsum, stats.z), None
     out, pull = jax.vjp(from_statistics, stats.logsum, stats.z)
     grad_logsum, grad_z = pull(chunk.weights)
-    dlogits = xla.logits_gradient(
-        z, ids, valid, stats, grad_logsum, grad_z, temperatures=temperatures, softcap=options.softcap, vocab_axis=axis
-    ).astype(hidden.dtype)
+    dlogits = primitive.logits_gradient(z, ids, stats, grad_logsum, grad_z, spec, dtype=hidden.dtype)
     to_hidden, to_head = ("tv,dv->td", "td,tv->dv") if options.head_layout == "dv" else ("tv,vd->td", "tv,td->vd")
     dhidden = jnp.einsum(to_hidden, dlogits, head, preferred_element_type=jnp.float32)
     if axis is not None:
@@ -188,7 +190,10 @@ def _check(hidden: Array, head: Array, options: LinearOptions) -> None:
         raise ValueError(f"expected hidden [T, D] and head {options.head_layout}, got {hidden.shape} and {head.shape}")
     if options.chunk is not None and options.chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {options.chunk}")
-    if api.resolve_implementation(options.implementation) == "reference" and options.vocab_axis is not None:
+    dispatch.check_implementation(options.implementation)
+    if options.logits_dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"logits_dtype must be 'float32' or 'bfloat16', got {options.logits_dtype!r}")
+    if options.implementation == "reference" and options.vocab_axis is not None:
         raise ValueError("implementation='reference' is dense and cannot take vocab_axis; use 'xla'")
 
 
@@ -315,7 +320,7 @@ def linear_fused_softmax_kl(
     _check(hidden, head, settings)
     targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
     masks = (mask != 0, jnp.broadcast_to((mask != 0)[:, None], targets.rest_logprob.shape))
-    if api.resolve_implementation(settings.implementation) == "reference":
+    if settings.implementation == "reference":
         clm, kl = _dense(_Chunk(hidden, targets, masks, masks), head, settings)
     else:
         out: Any = _unreduced(settings, hidden, head, targets, masks)
@@ -353,7 +358,7 @@ def linear_fusion_loss(
     kl_weights = kl_weights if mixed else kl_weights[:, None]
     weights = lax.stop_gradient((clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
     masks = jax.tree.map(lambda w: w != 0, weights)
-    if api.resolve_implementation(settings.implementation) == "reference":
+    if settings.implementation == "reference":
         clm, kl = _dense(_Chunk(hidden, targets, masks, weights), head, settings)
         loss = _weighted_sum((clm, kl), masks, weights)
     else:

@@ -1,11 +1,12 @@
-"""The portable primitive: row statistics and gathered logits, and the one write of `dlogits`.
+"""The portable backend: jax.numpy that every XLA backend fuses well, and the reference for the hand-written ones.
 
-Values are kept relative to each row's maximum (`shift`). The losses do not change when a row is shifted, so
-nothing is lost, and logits around 1e4 keep their precision: `shift + log(sum)` alone would lose 5e-4 there.
+A backend is two functions on one shard of the vocabulary; `primitive` joins the shards and owns the conventions.
 
-With `vocab_axis`, the logits are one shard of the vocabulary inside a `shard_map`: two small collectives
-(`pmax` of `[T]`, `psum` of `[T, n + G]`) make the statistics global; the backward pass needs none, because the
-global statistics turn the local exponentials into the global softmax.
+* `forward(logits, ids, limit) -> (top [T], sums [T, n], z [T, G])`: the row maximum, `sum exp((z - top) / t)` and z at
+  the ids. A maximum that is not finite counts as 0 in the sums.
+* `gradient(logits, ids, limit, rows, grad_z) -> dlogits [T, V]`, written once.
+
+`ids` are local to the shard and -1 where inert, so a backend needs neither the mesh nor the padding rules.
 """
 
 from collections.abc import Sequence
@@ -13,85 +14,77 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-__all__ = ["RowGather", "forward", "logits_gradient", "prepare_logits", "valid_ids"]
+__all__ = ["RowGradient", "exponentials", "forward", "gradient", "prepare_logits"]
 
 Array = jax.Array
+_MAX_POWER = 4
 
 
-class RowGather(NamedTuple):
-    """What the losses need from the logits; `logsum` and `z` are relative to `shift`."""
+class RowGradient(NamedTuple):
+    """What the backward pass needs of each row."""
 
-    shift: Array  # [T] float32, the row's maximum (0 where that is not finite)
-    logsum: Array  # [T, n] float32, log sum exp((z - shift) / temperature)
-    z: Array  # [T, G] float32, logits minus shift at the ids; 0 at inert ids
-
-
-def _offset(vocab_local: int, vocab_axis: str | None) -> Array | int:
-    return 0 if vocab_axis is None else lax.axis_index(vocab_axis) * vocab_local
+    shift: Array  # [T] float32
+    factor: Array  # [T, n] float32, cotangent / temperature * exp(-logsum)
+    alive: Array  # [T] bool; other rows get exact zeros, whatever they hold
 
 
-def valid_ids(ids: Array, vocab: int, valid_vocab: int | None) -> Array:
-    """Returns where `ids` name a real row of a (whole) vocabulary of `vocab` rows."""
-    return (ids >= 0) & (ids < (vocab if valid_vocab is None else min(valid_vocab, vocab)))
+def exponentials(relative: Array, temperatures: Sequence[float]) -> list[Array]:
+    """Returns `exp(relative / t)` for each temperature: one exponential and products where the ratios are small."""
+    base = max(temperatures)
+    root = jnp.exp(relative / base)
+    out = []
+    for t in temperatures:
+        power = base / t
+        if power.is_integer() and power <= _MAX_POWER:
+            value = root
+            for _ in range(int(power) - 1):
+                value = value * root
+            out.append(value)
+        else:
+            out.append(jnp.exp(relative / t))
+    return out
 
 
-def prepare_logits(
-    logits: Array, *, softcap: float | None, valid_vocab: int | None, vocab_axis: str | None = None
-) -> Array:
-    """Returns float32 logits after the soft cap, -inf in the columns at and beyond `valid_vocab`."""
+def prepare_logits(logits: Array, *, softcap: float | None, limit: Array | int | None) -> Array:
+    """Returns float32 logits after the soft cap, -inf in the columns at and beyond `limit`."""
     z = logits.astype(jnp.float32)
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
-    if valid_vocab is None:
-        return z
-    columns = jnp.arange(z.shape[-1]) + _offset(z.shape[-1], vocab_axis)
-    return jnp.where(columns < valid_vocab, z, -jnp.inf)
+    return z if limit is None else jnp.where(jnp.arange(z.shape[-1]) < limit, z, -jnp.inf)
 
 
-def forward(z: Array, ids: Array, valid: Array, *, temperatures: Sequence[float], vocab_axis: str | None) -> RowGather:
-    """Returns the row statistics of prepared logits `z` [T, V] and `z` at `ids` [T, G] where `valid` [T, G]."""
-    shift = z.max(axis=-1)
-    if vocab_axis is not None:
-        shift = lax.pmax(shift, vocab_axis)
-    shift = jnp.where(jnp.isfinite(shift), shift, 0.0)
-    relative = z - shift[:, None]
-    sums = jnp.stack([jnp.exp(relative / t).sum(axis=-1) for t in temperatures], axis=-1)
-    local = ids - _offset(z.shape[-1], vocab_axis)
-    here = valid & (local >= 0) & (local < z.shape[-1])
-    local = jnp.where(here, local, 0)
-    gathered = jnp.where(here, jnp.take_along_axis(z, local, axis=-1, mode="clip") - shift[:, None], 0.0)
-    if vocab_axis is not None:
-        sums, gathered = lax.psum((sums, gathered), vocab_axis)
-    return RowGather(shift, jnp.log(sums), gathered)
+def forward(
+    logits: Array, ids: Array, limit: Array | int | None, *, temperatures: Sequence[float], softcap: float | None
+) -> tuple[Array, Array, Array]:
+    """Returns (top [T], sums [T, n], z [T, G]) of one shard, as the module says."""
+    z = prepare_logits(logits, softcap=softcap, limit=limit)
+    top = z.max(axis=-1)
+    relative = z - jnp.where(jnp.isfinite(top), top, 0.0)[:, None]
+    sums = jnp.stack([e.sum(axis=-1) for e in exponentials(relative, temperatures)], axis=-1)
+    gathered = jnp.take_along_axis(z, jnp.maximum(ids, 0), axis=-1, mode="clip")
+    return top, sums, jnp.where(ids >= 0, gathered, 0.0)
 
 
-def logits_gradient(
-    z: Array,
+def gradient(
+    logits: Array,
     ids: Array,
-    valid: Array,
-    stats: RowGather,
-    grad_logsum: Array,
+    limit: Array | int | None,
+    rows: RowGradient,
     grad_z: Array,
     *,
     temperatures: Sequence[float],
     softcap: float | None,
-    vocab_axis: str | None,
+    dtype: jnp.dtype,
 ) -> Array:
-    """Returns dlogits [T, V] float32: `sum_i g_i / tau_i softmax_i + scatter(grad_z)`, through the soft cap.
-
-    A row whose cotangents are all zero gets exact zeros, whatever its logits hold (NaN and inf included).
-    """
-    relative = z - stats.shift[:, None]
+    """Returns dlogits [T, V]: `sum_i factor_i exp((z - shift) / t_i) + scatter(grad_z)`, through the soft cap."""
+    z = prepare_logits(logits, softcap=softcap, limit=limit)
+    powers = exponentials(z - rows.shift[:, None], temperatures)
     total = jnp.zeros_like(z)
-    for i, t in enumerate(temperatures):
-        total += (grad_logsum[:, i] / t)[:, None] * jnp.exp(relative / t - stats.logsum[:, i, None])
-    local = ids - _offset(z.shape[-1], vocab_axis)
-    here = valid & (local >= 0) & (local < z.shape[-1])
-    rows = jnp.arange(z.shape[0])[:, None]
-    total = total.at[rows, jnp.where(here, local, z.shape[-1])].add(jnp.where(here, grad_z, 0.0), mode="drop")
+    for i, power in enumerate(powers):
+        total += rows.factor[:, i, None] * power
+    at = jnp.arange(z.shape[0])[:, None], jnp.where(ids >= 0, ids, z.shape[-1])
+    total = total.at[at].add(jnp.where(ids >= 0, grad_z, 0.0), mode="drop")
     if softcap is not None:
         total *= jnp.where(jnp.isfinite(z), 1.0 - (z / softcap) ** 2, 0.0)
-    alive = (grad_logsum != 0).any(axis=-1) | (grad_z != 0).any(axis=-1)
-    return jnp.where(alive[:, None], total, 0.0)
+    return jnp.where(rows.alive[:, None], total, 0.0).astype(dtype)
