@@ -12,6 +12,7 @@ Not done here: repairing offsets inside a normalised character. Such positions a
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -100,7 +101,7 @@ def joined_ends(ids: Array, lengths: Array, joined: bytes, text: bytes) -> Array
 
 def character_ends(text: str) -> Array:
     """Returns the byte at which each character begins, and the length of the text: [characters + 1] int32."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    points = _points(text)
     widths = 1 + (points >= 0x80).astype(np.int32) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([np.zeros(1, np.int32), np.cumsum(widths, dtype=np.int32)])
 
@@ -124,7 +125,7 @@ def offset_ends(text: str, offsets: Sequence[tuple[int, int]], *, dummy_first: b
     if not offsets:
         return np.zeros(0, np.int32)
     begins = character_ends(text)
-    spans = np.asarray(offsets, np.int64).reshape(-1, 2)
+    spans = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
     count = len(spans)
     inside = np.zeros(count, bool)
     inside[:-1] = spans[1:, 0] < spans[:-1, 1]
@@ -139,9 +140,21 @@ def offset_ends(text: str, offsets: Sequence[tuple[int, int]], *, dummy_first: b
     return np.maximum.accumulate(ends)
 
 
+def _points(text: str) -> Array:
+    """The code points, [characters] uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+@functools.cache
+def _white_space() -> Array:
+    """Whether each code point below U+3001 is white space; none above is."""
+    return np.array([chr(point).isspace() for point in range(0x3001)] + [False])
+
+
 def _next_blank(text: str) -> Array:
     """The next white-space character at or after each character, [characters + 1]."""
     count = len(text)
-    blank = np.fromiter((character.isspace() for character in text), bool, count)
-    where = np.append(np.where(blank, np.arange(count), count), count)
+    blank = np.flatnonzero(_white_space()[np.minimum(_points(text), 0x3001)])
+    where = np.full(count + 1, count, np.int64)
+    where[blank] = blank
     return np.minimum.accumulate(where[::-1])[::-1]

@@ -29,7 +29,15 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, EventGroups, VocabMap
 
-__all__ = ["ByteVocabulary", "coarse_map", "event_groups", "exact_map", "padded_map", "symbols_of_bytes"]
+__all__ = [
+    "ByteVocabulary",
+    "coarse_map",
+    "event_groups",
+    "exact_map",
+    "first_tokens",
+    "padded_map",
+    "symbols_of_bytes",
+]
 
 ROLES = ("eos", "bos", "pad", "unk")
 
@@ -85,10 +93,10 @@ def coarse_map(source: ByteVocabulary, target: ByteVocabulary) -> VocabMap:
     if source.fingerprint == target.fingerprint:
         return _identity(target)
     source_bytes, target_bytes = source.token_bytes, target.token_bytes
-    target_of_source = _first_tokens(target, source_bytes)  # first_T(bytes of u)     [V_s]
-    source_of_target = _first_tokens(source, target_bytes)  # first_S(bytes of v)     [V]
-    source_of_source = _first_tokens(source, source_bytes)  # first_S(bytes of u)     [V_s]
-    blank = _first_tokens(target, [b" "])[0]
+    target_of_source = first_tokens(target, source_bytes)  # first_T(bytes of u)     [V_s]
+    source_of_target = first_tokens(source, target_bytes)  # first_S(bytes of v)     [V]
+    source_of_source = first_tokens(source, source_bytes)  # first_S(bytes of u)     [V_s]
+    blank = first_tokens(target, [b" "])[0]
     step = _compose(target_of_source, source_of_target)
     step[_blank_run(target_bytes)] = blank
     symbol_of_target = _fixed_point(step)
@@ -101,10 +109,10 @@ def symbols_of_bytes(
     fragments: Sequence[bytes], source: ByteVocabulary, target: ByteVocabulary, vocab_map: VocabMap
 ) -> Array:
     """Returns the symbol [n] int32 of byte strings that need not be tokens, as `coarse_map` would name them."""
-    of_source = _first_tokens(source, fragments)
-    first = _first_tokens(target, [source.token_bytes[i] if i >= 0 else None for i in of_source])
+    of_source = first_tokens(source, fragments)
+    first = first_tokens(target, [source.token_bytes[i] if i >= 0 else None for i in of_source])
     symbols = _compose(np.asarray(vocab_map.symbol_of_target, np.int32), first)
-    symbols[_blank_run(fragments)] = _compose(vocab_map.symbol_of_target, _first_tokens(target, [b" "]))[0]
+    symbols[_blank_run(fragments)] = _compose(vocab_map.symbol_of_target, first_tokens(target, [b" "]))[0]
     return symbols
 
 
@@ -173,7 +181,7 @@ def _canonical_ids(vocabulary: ByteVocabulary) -> dict[bytes, int]:
     return names
 
 
-def _first_tokens(vocabulary: ByteVocabulary, surfaces: Sequence[bytes | None]) -> Array:
+def first_tokens(vocabulary: ByteVocabulary, surfaces: Sequence[bytes | None]) -> Array:
     """first_X of every byte string, [n] int32; -1 where there are no bytes or the token is not their prefix."""
     token_bytes = vocabulary.token_bytes
     present = [(index, surface) for index, surface in enumerate(surfaces) if surface]

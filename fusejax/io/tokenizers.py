@@ -186,7 +186,10 @@ class Tokenizer:
         for encoding, bytes_ in zip(encodings, raw, strict=True):
             ids = encoding.ids
             rows.append(np.asarray(ids, np.int32))
-            ends.append(joined_ends(rows[-1], self._lengths, b"".join([self._joinable[i] for i in ids]), bytes_))
+            # Most rewritten texts differ in length already, which is seen without joining their bytes.
+            fits = int(self._lengths[rows[-1]].sum()) - len(bytes_) in (0, 1)
+            joined = b"".join([self._joinable[i] for i in ids]) if fits else None
+            ends.append(None if joined is None else joined_ends(rows[-1], self._lengths, joined, bytes_))
         inexact = [index for index, found in enumerate(ends) if found is None]
         if self._rewrites:
             reported = [encodings[index] for index in inexact]
