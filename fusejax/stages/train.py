@@ -9,7 +9,6 @@ import numpy as np
 
 from fusejax.alignment import event_groups
 from fusejax.data.loader import FusionLoader
-from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.store import RecordReader
 from fusejax.io.tokenizers import check_vocabulary
@@ -17,6 +16,7 @@ from fusejax.stages.context import Run, finished
 from fusejax.stages.fit import Optimization, fit
 from fusejax.stages.fuse import PARTITIONS
 from fusejax.stages.keep import keep_model
+from fusejax.stages.lineage import check_lineage
 from fusejax.types import EventGroups
 
 
@@ -45,14 +45,11 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     directory = run.model_dir(arm)
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
+    check_lineage(run, next(fusion for fusion in config.fusions if run.fused_dir(fusion.name) == fused_dir))
     run.replace_stale(directory)
     start = run.model(config.target)
     tokenizer = run.tokenizer(config.target)
     check_vocabulary(tokenizer, start.config.vocab_size, str(start.directory))
-    if options.seq_len > start.config.max_positions:
-        raise InputError(
-            f"train.seq_len is {options.seq_len}, but {start.directory} has {start.config.max_positions} positions"
-        )
     loader = FusionLoader(
         reader,
         batch_size=options.batch_size,
@@ -64,7 +61,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     )
     result = fit(
         f"train {arm}",
-        start.params,
+        _widened(start.params),
         start.config,
         loader,
         run.train_dir(arm),
@@ -83,7 +80,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     )
     import jax
 
-    params = jax.tree.map(np.asarray, result.state.params)
+    params = jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype), result.state.params, start.params)
     facts = {
         "steps": int(result.state.step),
         "tokens": int(result.state.step) * options.batch_size * options.seq_len,
@@ -101,6 +98,13 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     )
     shutil.rmtree(run.train_dir(arm) / "checkpoints", ignore_errors=True)
     return kept
+
+
+def _widened(params: Any) -> Any:
+    """Weights in float32, whatever they are stored in: a step of 1e-5 is lost in bfloat16's rounding."""
+    import jax
+
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
 def _corpus(run: Run) -> str:
