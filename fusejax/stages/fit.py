@@ -3,7 +3,7 @@
 Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
 """
 
-__all__ = ["Optimization", "fit"]
+__all__ = ["Optimization", "fit", "placement"]
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fusejax.data.loader import FusionLoader
+from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of, write_json
 from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
@@ -81,7 +82,7 @@ def fit(
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
     total = min(len(loader), max_steps or len(loader))
     schedule, optimizer = _optimizer(config, optimization, total)
-    placement = _placement(config, mesh)
+    placed = placement(config, mesh)
     plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
     _start_afresh_unless_same(directory, plan)
     tokens_per_step = loader.batch_size * loader.seq_len
@@ -89,7 +90,7 @@ def fit(
         return train_loop(
             params,
             loader,
-            loss_fn=_loss_fn(config, groups, dict(loss), placement.get("mesh")),
+            loss_fn=_loss_fn(config, groups, dict(loss), placed.get("mesh")),
             optimizer=optimizer,
             total_steps=total,
             accumulation=accumulation,
@@ -102,7 +103,7 @@ def fit(
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             on_step=_reporter(bar, tokens_per_step),
-            **placement,
+            **placed,
         )
 
 
@@ -152,12 +153,19 @@ def _loss_fn(config: ModelConfig, groups: EventGroups | None, loss: dict[str, An
     return loss_fn
 
 
-def _placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str, Any]:
-    """The mesh and shardings that the loop needs, or nothing for one device."""
+def placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str, Any]:
+    """The mesh and shardings that the loop needs, or nothing for one device.
+
+    Raises:
+      InputError: too few devices, or dimensions of the model that the mesh does not divide.
+    """
     if not mesh or all(size == 1 for size in mesh.values()):
         return {}
-    made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
-    shardings = param_shardings(param_table(config), made)
+    try:
+        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
+        shardings = param_shardings(param_table(config), made)
+    except ValueError as error:
+        raise InputError(f"`mesh`: {error}") from error
     return {"mesh": made, "param_shardings": shardings, "batch_sharding": batch_sharding(made)}
 
 

@@ -23,6 +23,7 @@ from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig
 from fusejax.stages.command import Result, parser
 from fusejax.stages.context import Run, finished
+from fusejax.stages.lock import exclusive
 from fusejax.stages.prepare import embedded_documents, prepare, sample_documents
 from fusejax.stages.pretrain import pretrain
 from fusejax.stages.run import STAGES
@@ -69,14 +70,20 @@ FUSION_LEARNING_RATE = 1e-3
 
 def quickstart(out: Path, *, scale: Scale, seed: int, cache: Path) -> dict[str, Any]:
     """Runs everything and returns `result.json`; finished parts of an earlier run are kept."""
-    start = time.monotonic()
     run = Run(_config(out, scale, seed, models={}))
     run.start()
+    with exclusive(out):
+        return _quickstart(run, scale, seed, cache)
+
+
+def _quickstart(run: Run, scale: Scale, seed: int, cache: Path) -> dict[str, Any]:
+    start, out = time.monotonic(), run.directory
     corpus = prepare(run)
     texts = _pretraining_texts(run, scale)
-    models = _pretrained(texts, scale, seed, cache, corpus.fingerprint)
-    config = _config(out, scale, seed, models=models)
-    run = Run(config)
+    cache.mkdir(parents=True, exist_ok=True)
+    with exclusive(cache, wait=True):
+        models = _pretrained(texts, scale, seed, cache, corpus.fingerprint)
+    run = Run(_config(out, scale, seed, models=models))
     run.start()
     for name, stage in STAGES.items():
         begin = time.monotonic()
@@ -152,6 +159,7 @@ def _pretrained(texts: dict[str, list[Document]], scale: Scale, seed: int, cache
         documents = [d for domain in domains for d in _first_bytes(texts[domain], size)]
         # The recipe and the text determine a model, so runs with other outputs share it.
         settings = {"recipe": recipe, "scale": scale._asdict(), "seed": seed, "domains": domains}
+        settings["texts"] = fingerprint_of([document.text for document in documents])
         parents = {"corpus": corpus}
         directory = cache / f"{name}-{fingerprint_of([settings, parents])[:16]}"
         paths[name] = directory

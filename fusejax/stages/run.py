@@ -18,7 +18,9 @@ from fusejax.stages.context import Run
 from fusejax.stages.convert import export_run
 from fusejax.stages.evaluate import evaluate_run
 from fusejax.stages.fuse import fuse
+from fusejax.stages.lock import exclusive
 from fusejax.stages.merge import merge_run
+from fusejax.stages.preflight import check_before
 from fusejax.stages.prepare import prepare
 from fusejax.stages.report import report_run
 from fusejax.stages.train import train
@@ -41,13 +43,15 @@ def run_stages(config: RunConfig, names: tuple[str, ...] = tuple(STAGES)) -> dic
     run = Run(config)
     run.start()
     seconds = {}
-    for name, stage in STAGES.items():
-        if name not in names:
-            continue
-        start = time.monotonic()
-        stage(run)
-        seconds[name] = round(time.monotonic() - start, 2)
-        say(f"{name}: done in {seconds[name]:.1f} s")
+    with exclusive(run.directory):
+        check_before(run, names)
+        for name, stage in STAGES.items():
+            if name not in names:
+                continue
+            start = time.monotonic()
+            stage(run)
+            seconds[name] = round(time.monotonic() - start, 2)
+            say(f"{name}: done in {seconds[name]:.1f} s")
     return seconds
 
 
@@ -95,6 +99,8 @@ def _stage_names(text: str | None) -> tuple[str, ...]:
     for name in names:
         if name not in STAGES:
             raise InputError(f"--stages names {name!r}.{nearest(name, STAGES)} Stages: {', '.join(STAGES)}")
+    if not names:
+        raise InputError(f"--stages names none. Stages: {', '.join(STAGES)}")
     return names
 
 

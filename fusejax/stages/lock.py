@@ -1,0 +1,56 @@
+"""One process at a time in a directory: two runs that replace each other's unfinished shards would mix them.
+
+The lock is the system's (`flock`) on a small file, so a killed process leaves none behind. Where the file system
+or the system has no such locks, there is none, and that is said.
+"""
+
+__all__ = ["exclusive"]
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fusejax.errors import InputError
+from fusejax.io.progress import say
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `directory` while the block runs.
+
+    Args:
+      directory: exists and can be written.
+      wait: wait for another process that holds it, instead of refusing.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _acquire(handle, directory, wait=wait)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _acquire(handle: int, directory: Path, *, wait: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        say(f"{directory}: this system has no file locks; let only one fusejax work there")
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(handle, 20, 0).decode() or "unknown"
+        if not wait:
+            raise InputError(
+                f"another fusejax (process {holder}) is working in {directory}; wait for it, or set another `output`"
+            ) from error
+        say(f"waiting for another fusejax (process {holder}) in {directory}")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        say(f"{directory} cannot be locked ({error.strerror}); let only one fusejax work there")
