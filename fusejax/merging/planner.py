@@ -4,19 +4,17 @@ Parameters of a tensor: its source's settings, then the slice's, then the shared
 list of filters without a match falls through to the next. A gradient is interpolated at t = i / (n - 1) for layer i
 of the slice's n layers (1 if n = 1); tensors outside layers take t = 0, its first entry, also the head. They come
 from the first slice if they are embeddings and from the last if not, as mergekit has it.
-
-Names alone decide what a layer is (`<stack>.<number>.<rest>`) and which tensors have a row per token; no table of
-architectures is needed.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fusejax.errors import InputError
 from fusejax.merging.methods import MERGE_METHODS
+from fusejax.merging.places import Place, extra_tensors, find_places, is_embedding, is_vocabulary, layer_count
 from fusejax.merging.plan import MergePlan, ModelFacts, TensorMerge, TensorRef, TensorSpec
 from fusejax.merging.recipe import Recipe, Slice, Source
 from fusejax.merging.registry import resolve
@@ -24,20 +22,9 @@ from fusejax.merging.vocabulary import Vocabulary, merge_vocabularies
 
 __all__ = ["plan_merge"]
 
-_LAYER = re.compile(r"^((?:.*\.)?(?:layers|h|blocks|layer))\.(\d+)\.(.+)$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _SHOWN = 20
-
-
-class _Place(NamedTuple):
-    """Where one output tensor comes from."""
-
-    output: str
-    piece: Slice
-    names: Mapping[str, str]  # model -> the tensor's name in it
-    position: float  # of its layer in the slice, 0 to 1
 
 
 def plan_merge(recipe: Recipe, models: Mapping[str, ModelFacts]) -> MergePlan:
@@ -60,19 +47,19 @@ def plan_merge(recipe: Recipe, models: Mapping[str, ModelFacts]) -> MergePlan:
     problems, notes = _base_problems(recipe), list(recipe.notes)
     pieces, used = _pieces(recipe, problems), {name: _tensors(models[name], notes, name) for name in names}
     _raise(problems)
-    places = _places(pieces, used, names[0], problems)
-    problems += _extra_tensors(pieces, used)
+    places = find_places(pieces, used, problems)
+    problems += [problem for piece in pieces for problem in extra_tensors(piece, used)]
     _raise(problems)
     vocabulary = _vocabulary(recipe, models, used, names, problems)
     tensors, checked = [], set()
     for place in places:
-        step, wrong = _step(recipe, place, used, vocabulary is not None, checked)
+        step, wrong = _step(recipe, place, used, vocabulary, checked)
         problems += wrong
         if step is not None:
             tensors.append(step)
     _raise(problems)
     sliced = any(source.layers for piece in pieces for source in piece.sources)
-    layers = sum(_count(piece, used) for piece in pieces) if sliced else None
+    layers = sum(layer_count(piece, used) for piece in pieces) if sliced else None
     if recipe.base and not any(step.base for step in tensors):
         notes.append(f"{recipe.method} does not use the base's parameters; its configuration and tokenizer are copied")
     rows, tokens = ({}, ()) if vocabulary is None else (vocabulary.rows, vocabulary.tokens)
@@ -108,7 +95,9 @@ def _pieces(recipe: Recipe, problems: list[str]) -> list[Slice]:
         if any(source.model == recipe.base for source in piece.sources):
             pieces.append(piece)
         elif len(ranges) > 1:
-            problems.append(f"a slice of layers {sorted(ranges)} must name its base layers: add {recipe.base} to it")
+            problems.append(
+                f"a slice of layers {sorted(map(str, ranges))} must name its base layers: add {recipe.base} to it"
+            )
         else:
             pieces.append(piece._replace(sources=(Source(recipe.base, ranges.pop(), {}), *piece.sources)))
     return pieces
@@ -121,96 +110,6 @@ def _tensors(facts: ModelFacts, notes: list[str], name: str) -> dict[str, Tensor
     return kept
 
 
-def _stacks(tensors: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """The number of layers of every stack of a model."""
-    found: dict[str, int] = {}
-    for name in tensors:
-        if match := _LAYER.match(name):
-            found[match[1]] = max(found.get(match[1], 0), int(match[2]) + 1)
-    return found
-
-
-def _count(piece: Slice, used: Mapping[str, Mapping[str, TensorSpec]]) -> int:
-    source = piece.sources[0]
-    if source.layers:
-        return source.layers[1] - source.layers[0]
-    return max(_stacks(used[source.model]).values(), default=0)
-
-
-def _places(
-    pieces: Sequence[Slice], used: Mapping[str, Mapping[str, TensorSpec]], template: str, problems: list[str]
-) -> list[_Place]:
-    before, inside, after, offset = [], [], [], 0
-    head = _output_head(pieces[-1], used)
-    outside = [name for name in used[pieces[0].sources[0].model] if not _LAYER.match(name)]
-    for name in dict.fromkeys([*outside, *head]):
-        early = bool(_EMBEDDING.search(name))
-        piece = pieces[0] if early else pieces[-1]
-        place = _Place(name, piece, {source.model: name for source in piece.sources}, 0.0)
-        (before if early else after).append(_tied(place, used))
-    for piece in pieces:
-        counts = {source.model: _range(source, used) for source in piece.sources}
-        lengths = {model: end - start for model, (start, end) in counts.items()}
-        if len(set(lengths.values())) > 1:
-            problems.append(f"the numbers of layers differ: {lengths}")
-            continue
-        first = piece.sources[0].model
-        stacks = _stacks(used[first])
-        if len(stacks) > 1 and piece.sources[0].layers:
-            problems.append(f"{first} has several stacks of layers, {', '.join(stacks)}; slices need one")
-            continue
-        for name in used[first]:
-            if not (match := _LAYER.match(name)):
-                continue
-            start, end = counts[first]
-            i, n = int(match[2]) - start, stacks[match[1]] if piece.sources[0].layers is None else end - start
-            if 0 <= i < n:
-                names = {model: f"{match[1]}.{begin + i}.{match[3]}" for model, (begin, _) in counts.items()}
-                inside.append(
-                    _Place(f"{match[1]}.{offset + i}.{match[3]}", piece, names, i / (n - 1) if n > 1 else 1.0)
-                )
-        offset += next(iter(lengths.values()))
-    inside.sort(key=lambda place: int(_LAYER.match(place.output)[2]))  # type: ignore[index]
-    return before + inside + after
-
-
-def _range(source: Source, used: Mapping[str, Mapping[str, TensorSpec]]) -> tuple[int, int]:
-    return source.layers or (0, max(_stacks(used[source.model]).values(), default=0))
-
-
-def _output_head(piece: Slice, used: Mapping[str, Mapping[str, TensorSpec]]) -> list[str]:
-    """The head's tensors, if any of the models that make them has an own head."""
-    return [name for source in piece.sources for name in used[source.model] if _HEAD.search(name)]
-
-
-def _tied(place: _Place, used: Mapping[str, Mapping[str, TensorSpec]]) -> _Place:
-    """Where a head is missing because it is tied, the embeddings take its place."""
-    if not _HEAD.search(place.output):
-        return place
-    names = {}
-    for model, name in place.names.items():
-        embeddings = [other for other in used[model] if _EMBEDDING.search(other)]
-        names[model] = embeddings[0] if name not in used[model] and len(embeddings) == 1 else name
-    return place._replace(names=names)
-
-
-def _extra_tensors(pieces: Sequence[Slice], used: Mapping[str, Mapping[str, TensorSpec]]) -> list[str]:
-    """Tensors that a model has and its slice's first model lacks would vanish; so they are refused."""
-    problems = []
-    for piece in pieces:
-        first, *others = [source.model for source in piece.sources]
-        kinds = {_kind(name) for name in used[first]}
-        for model in others:
-            extra = [name for name in used[model] if _kind(name) not in kinds and not _HEAD.search(name)]
-            problems += [f"{model} has {name}, which {first} lacks" for name in extra]
-    return problems
-
-
-def _kind(name: str) -> str:
-    match = _LAYER.match(name)
-    return f"{match[1]}.*.{match[3]}" if match else name
-
-
 def _vocabulary(
     recipe: Recipe, models: Mapping[str, ModelFacts], used: Mapping[str, Mapping[str, TensorSpec]],
     names: Sequence[str], problems: list[str],
@@ -218,7 +117,7 @@ def _vocabulary(
     """The output's vocabulary, or None where the embeddings are merged as they are."""
     sizes = {}
     for name in names:
-        rows = {spec.shape[0] for tensor, spec in used[name].items() if _EMBEDDING.search(tensor)}
+        rows = {spec.shape[0] for tensor, spec in used[name].items() if is_embedding(tensor)}
         if len(rows) == 1:
             sizes[name] = rows.pop()
     tokens = {name: models[name].tokens for name in sizes}
@@ -231,12 +130,14 @@ def _vocabulary(
     if len(sizes) < len(names):
         problems.append(f"tokenizer: {recipe.tokenizer} is asked for, but not every model has embeddings by name")
         return None
+    if alike and len(known) in (0, len(names)) and recipe.pad_to_multiple_of is None:
+        return None
     if recipe.tokenizer == "truncate":
+        if len(set(sizes.values())) <= 1:
+            return None
         return _truncated(names[0], sizes, known, problems)
     if lacking := [name for name in names if name not in known]:
         problems.append(f"tokenizer: {recipe.tokenizer} needs the tokenizers of all models; {lacking} have none")
-        return None
-    if alike and recipe.pad_to_multiple_of is None:
         return None
     chosen = recipe.tokenizer not in ("base", "union")
     return merge_vocabularies(
@@ -266,22 +167,17 @@ def _truncated(
 
 
 def _step(
-    recipe: Recipe, place: _Place, used: Mapping[str, Mapping[str, TensorSpec]], aligned: bool, checked: set
-) -> tuple[TensorMerge | None, list[str]]:
+    recipe: Recipe, place: Place, used: Mapping[str, Mapping[str, TensorSpec]], vocabulary: Vocabulary | None,
+    checked: set[str],
+) -> tuple[TensorMerge | None, list[str]]:  # fmt: skip
     """One output tensor, and what is wrong with it."""
     spec = MERGE_METHODS[recipe.method]
     missing = [f"{model} lacks {name}" for model, name in place.names.items() if name not in used[model]]
     if missing:
         return None, missing
     tensors = {model: used[model][name] for model, name in place.names.items()}
-    tokens = bool(_EMBEDDING.search(place.output) or _HEAD.search(place.output))
-    problems, (first, *others) = [], tensors
-    for model in others:
-        # Rows that are looked up by token may be of different number.
-        skip = 1 if tokens and aligned else 0
-        ours, theirs = tensors[first].shape, tensors[model].shape
-        if ours[skip:] != theirs[skip:] and not (tokens and ours[1:] == theirs[1:]):
-            problems.append(f"{place.names[model]} of {model} has shape {theirs}, that of {first} {ours}")
+    tokens = is_vocabulary(place.output)
+    problems = _shape_problems(place, tensors, vocabulary.rows if vocabulary and tokens else {})
     sources = [s for s in place.piece.sources if not (spec.uses_base and s.model == recipe.base)]
     base = TensorRef(recipe.base, place.names[recipe.base]) if recipe.base and spec.uses_base else None
     if recipe.method == "slerp" and base and len(sources) > 1:
@@ -294,12 +190,26 @@ def _step(
             resolve(recipe.method, parameters, len(sources), base is not None)
     except InputError as error:
         return None, [*problems, f"{place.output}: {error}"]
-    dtype = recipe.dtype or _promoted([spec.dtype for spec in tensors.values()])
+    dtype = _dtype(recipe.dtype, [spec.dtype for spec in tensors.values()])
     targets = tuple(TensorRef(source.model, place.names[source.model]) for source in sources)
     return TensorMerge(place.output, recipe.method, base, targets, parameters, dtype, tokens), problems
 
 
-def _parameters(recipe: Recipe, place: _Place, sources: Sequence[Source]) -> dict[str, Any]:
+def _shape_problems(place: Place, tensors: Mapping[str, TensorSpec], rows: Mapping[str, np.ndarray]) -> list[str]:
+    """Shapes must agree, but for the first axis where rows are looked up by token."""
+    problems, (first, *others) = [], tensors
+    skip = 1 if rows else 0
+    for model in others:
+        ours, theirs = tensors[first].shape, tensors[model].shape
+        if ours[skip:] != theirs[skip:]:
+            problems.append(f"{place.names[model]} of {model} has shape {theirs}, that of {first} {ours}")
+    for model, tensor in tensors.items() if rows else ():
+        if tensor.shape[0] <= rows[model].max(initial=-1):
+            problems.append(f"{place.names[model]} of {model} has {tensor.shape[0]} rows, fewer than its embeddings")
+    return problems
+
+
+def _parameters(recipe: Recipe, place: Place, sources: Sequence[Source]) -> dict[str, Any]:
     """The values of all parameters that are set for one tensor."""
     values: dict[str, Any] = {}
     shared = (place.piece.parameters, recipe.parameters)
@@ -317,12 +227,12 @@ def _parameters(recipe: Recipe, place: _Place, sources: Sequence[Source]) -> dic
     return values
 
 
-def _first(name: str, place: _Place, levels: Sequence[Mapping[str, Any]]) -> Any:
+def _first(name: str, place: Place, levels: Sequence[Mapping[str, Any]]) -> Any:
     found = (_evaluated(level[name], place) for level in levels if name in level)
     return next((value for value in found if value is not None), None)
 
 
-def _evaluated(setting: Any, place: _Place) -> Any:
+def _evaluated(setting: Any, place: Place) -> Any:
     """The value of a setting for one tensor; None if no filter matches."""
     if not isinstance(setting, list):
         return setting
@@ -336,14 +246,13 @@ def _evaluated(setting: Any, place: _Place) -> Any:
     )
 
 
-def _promoted(names: Sequence[str]) -> str:
-    """The dtype that holds all of them: the widest, and float32 for float16 with bfloat16."""
-    kinds = set(names)
-    if len(kinds) == 1:
+def _dtype(wanted: str | None, names: Sequence[str]) -> str:
+    """The output's dtype: what is wanted, or one that holds all inputs; other than floating point stays as it is."""
+    if any(name not in _FLOATS for name in names):
         return names[0]
-    order = ["float16", "bfloat16", "float32", "float64"]
-    widest = max((name for name in kinds if name in order), key=order.index, default="float32")
-    return "float32" if kinds == {"float16", "bfloat16"} else widest
+    if wanted is not None:
+        return wanted
+    return "float32" if set(names) == {"float16", "bfloat16"} else max(names, key=_FLOATS.index)
 
 
 def _raise(problems: list[str]) -> None:

@@ -79,10 +79,10 @@ def parse_recipe(read: Any) -> Recipe:
         raise InputError("the recipe has both `method` (our form) and `merge_method` (mergekit's); keep one.")
     mergekit = "merge_method" in read
     method_key, base_key, models_key = _MERGEKIT if mergekit else _OURS
-    _check_keys(read, (*(_MERGEKIT if mergekit else _OURS), *_COMMON), "the recipe")
+    _check_keys(read, (method_key, base_key, models_key, *_COMMON), "the recipe")
     given = read.get(method_key)
     method, implied = _METHODS.get(given, (given, {})) if isinstance(given, str) else (given, {})
-    if method not in MERGE_METHODS:
+    if not isinstance(method, str) or method not in MERGE_METHODS:
         known = ", ".join(sorted(MERGE_METHODS))
         raise InputError(f"recipe: unknown {method_key} {given!r}.{nearest(str(given), MERGE_METHODS)} Known: {known}.")
     notes: list[str] = []

@@ -31,7 +31,8 @@ def model_stock_ratio(differences: Array, *, filter_wise: bool) -> Array:
     """Returns t for task vectors [J, ...], with dimensions of size 1 wherever one t holds for an axis."""
     axes = (-1,) if filter_wise else tuple(range(-(differences.ndim - 1), 0))
     count = len(differences)
-    norms = jnp.sqrt(jnp.sum(jnp.square(differences), axis=axes, keepdims=True))
+    squares = jnp.sum(jnp.square(differences), axis=axes, keepdims=True)
+    norms = jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))  # with a gradient at 0
     cosines = []
     for i in range(count):
         for j in range(i):
