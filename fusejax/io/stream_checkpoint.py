@@ -136,7 +136,7 @@ class _Spool:
 
 
 def _write(descriptor: int, array: np.ndarray, place: int) -> None:
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     while view:
         written = os.pwrite(descriptor, view, place)
         view, place = view[written:], place + written

@@ -60,9 +60,20 @@ def dtype_code(name: str) -> str:
 class StoredTensor(Protocol):
     """A tensor that is read in pieces."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    where: str  # the file, for messages
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        ...
 
     def load(self) -> "StoredTensor":
         """Returns the tensor ready for `read_into`; what it holds is freed with it."""
@@ -114,7 +125,7 @@ class FileTensor(NamedTuple):
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Reads a piece from the file."""
-        view = memoryview(out).cast("B")
+        view = out.reshape(-1).view(np.uint8).data
         place = self.offset + start * dtype_of(self.dtype).itemsize
         while view:
             got = os.preadv(self.descriptor, [view], place)
@@ -247,6 +258,6 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
         pieces = [np.empty(min(_COMPARED, total - start) * width, np.uint8) for _ in range(2)]
         one.read_into(start, pieces[0])
         other.read_into(start, pieces[1])
-        if not np.array_equal(*pieces):
+        if not np.array_equal(pieces[0], pieces[1]):
             return False
     return True

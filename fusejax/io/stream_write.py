@@ -60,7 +60,8 @@ class TensorWriter:
             self._make(directory / file, {name: specs[name] for name in names})
 
     def _make(self, path: Path, specs: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name, (shape, dtype) in specs.items():
             end = offset + _size(shape, dtype)
             header[name] = {"dtype": dtype_code(dtype), "shape": list(shape), "data_offsets": [offset, end]}
@@ -90,7 +91,7 @@ class TensorWriter:
         descriptor, offset, size = self._place[name]
         if start < 0 or start + values.nbytes > size:
             raise ValueError(f"{name} has {size} bytes, got a piece at {start} to {start + values.nbytes}")
-        _pwrite(descriptor, memoryview(values.reshape(-1).view(np.uint8)), offset + start)
+        _pwrite(descriptor, values.reshape(-1).view(np.uint8).data, offset + start)
 
     def checksum(self, name: str) -> str:
         """Returns the xxh3 of a tensor's bytes as they lie in the file."""

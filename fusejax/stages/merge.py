@@ -1,27 +1,36 @@
-"""merge: several targets become one, in parameter space (artefact A7)."""
+"""merge: several targets become one, in parameter space (artefact A7).
+
+The command streams its models from file to file (`merge_files`, `merge_engine`). The stage of a run merges what the
+run has trained, in memory.
+"""
 
 __all__ = ["command", "merge_models", "merge_run"]
 
+import argparse
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from fusejax.errors import InputError
+from fusejax.io.manifest import Manifest, fingerprint_of
+from fusejax.merging import MERGE_METHODS
+from fusejax.stages.merge_recipes import extended, flags_to_parameters, read_recipes
 
-from fusejax.errors import InputError, nearest
-from fusejax.io.hf import save_hf_model
-from fusejax.io.manifest import Manifest, fingerprint_of, write_json
-from fusejax.io.models import LoadedModel, open_model, resolve_model
-from fusejax.merging import MERGE_METHODS, merge_trees
-from fusejax.stages.command import Result, parser
-from fusejax.stages.context import Run, finished
-from fusejax.stages.keep import keep_model
-
-_RECIPE_KEYS = ("method", "base", "targets", "parameters")
+if TYPE_CHECKING:  # a merge of files needs neither Orbax nor the configuration of runs
+    from fusejax.io.models import LoadedModel
+    from fusejax.stages.command import Result
+    from fusejax.stages.context import Run
+    from fusejax.stages.merge_files import Job, Options
 
 
-def merge_run(run: Run) -> Manifest | None:
+def merge_run(run: "Run") -> Manifest | None:
     """Merges the trained targets of a run; nothing where the configuration has no `merge`."""
+    from fusejax.io.models import open_model
+    from fusejax.stages.context import finished
+    from fusejax.stages.keep import keep_model
+
     options = run.config.merge
     if options is None:
         return None
@@ -44,7 +53,7 @@ def merge_run(run: Run) -> Manifest | None:
 
 
 def merge_models(
-    base: LoadedModel, targets: Sequence[LoadedModel], *, method: str, parameters: Mapping[str, Any]
+    base: "LoadedModel", targets: Sequence["LoadedModel"], *, method: str, parameters: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Merges loaded models of one architecture.
 
@@ -54,6 +63,9 @@ def merge_models(
     Raises:
       InputError: different architectures, an unknown method or parameter, a NaN.
     """
+    from fusejax.errors import nearest
+    from fusejax.merging import merge_trees
+
     if method not in MERGE_METHODS:
         raise InputError(f"unknown merge method {method!r}.{nearest(method, MERGE_METHODS)} Known: {_methods()}")
     for target in targets:
@@ -74,74 +86,157 @@ def merge_models(
     return merged, {path: factor.tolist() for path, factor in factors.items()}
 
 
-def command(name: str, words: list[str]) -> Result:
+def command(name: str, words: list[str]) -> "Result":
     """`fusejax merge --method M --base DIR --targets DIR DIR --out DIR`, `--recipe FILE`, or `merge CONFIG`."""
     if words and not words[0].startswith("-"):
         from fusejax.stages.run import command as run_command
 
         return run_command(name, words)
-    arguments = parser(name, f"Merge models in parameter space. Methods: {_methods()}.")
-    arguments.add_argument("--method", help="merge method")
-    arguments.add_argument("--base", help="model the targets were trained from: directory or hub name")
-    arguments.add_argument("--targets", nargs="+", default=[], help="models to merge: directories or hub names")
-    arguments.add_argument("--recipe", type=Path, help="YAML with method, base, targets, parameters")
-    arguments.add_argument("--out", type=Path, required=True, help="new Hugging Face directory")
-    given, extra = arguments.parse_known_args(words)
-    recipe = _recipe(given.recipe) if given.recipe else {}
-    method = given.method or recipe.get("method")
-    base_ref, target_refs = given.base or recipe.get("base"), given.targets or recipe.get("targets", [])
-    if not method or not base_ref or not target_refs:
-        raise InputError("merge needs --method, --base and --targets, or a --recipe that has them")
-    parameters = recipe.get("parameters", {}) | _parameters(extra)
+    given, extra = _arguments(name).parse_known_args(words)
+    recipes = _recipes(given, flags_to_parameters(extra))
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
         raise InputError(f"{given.out} exists and is not an empty directory; choose another --out or remove it")
-    base = open_model(resolve_model(base_ref))
-    targets = [open_model(resolve_model(ref)) for ref in target_refs]
-    merged, coefficients = merge_models(base, targets, method=method, parameters=parameters)
-    facts = {
+    return _explain(recipes) if given.explain else _merge(recipes, given)
+
+
+def _arguments(name: str) -> argparse.ArgumentParser:
+    from fusejax.stages.merge_engine import NONFINITE
+
+    made = argparse.ArgumentParser(
+        prog=f"fusejax {name}",
+        description=f"Merge models in parameter space. Methods: {_methods()}. Parameters of a method: --name value.",
+        epilog="--json prints one JSON object as the last line of standard output.",
+        allow_abbrev=False,
+    )
+    made.add_argument("--method", help="merge method")
+    made.add_argument("--base", help="model the targets were trained from: directory or hub name")
+    made.add_argument("--targets", nargs="+", default=[], help="models to merge: directories or hub names")
+    made.add_argument("--recipe", type=Path, help="YAML: method, base, targets, parameters, or a recipe of mergekit")
+    made.add_argument("--into", type=Path, help="a finished merge (linear, task_arithmetic) to add --targets to")
+    made.add_argument("--out", type=Path, required=True, help="new directory")
+    made.add_argument("--format", choices=("hf", "checkpoint"), default="hf", help="what to write (default hf)")
+    made.add_argument("--dtype", help="dtype of the output (default: of the inputs)")
+    made.add_argument("--tokenizer", help="base, union or truncate, where vocabularies differ")
+    made.add_argument("--nonfinite", choices=NONFINITE, default="error", help="what a NaN in an input does")
+    made.add_argument("--threads", type=int, default=0, help="workers (default: processors, at most 8)")
+    made.add_argument("--mesh", help="merge on devices, such as data=1,fsdp=8,tensor=1")
+    made.add_argument("--explain", action="store_true", help="say what would be done, and stop")
+    return made
+
+
+def _recipes(given: argparse.Namespace, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipes of all stages; flags go into the last."""
+    if given.into and (given.recipe or given.method or given.base):
+        raise InputError("--into takes the recipe of the merge it adds to; leave --recipe, --method and --base out")
+    if given.into:
+        if not given.targets:
+            raise InputError("--into needs --targets, the models to add")
+        recipes = [extended(given.into, given.targets, parameters)]
+    else:
+        recipes = read_recipes(given.recipe) if given.recipe else [{}]
+        last = recipes[-1]
+        flags = {"method": given.method, "base": given.base, "targets": given.targets}
+        last |= {key: value for key, value in flags.items() if value}
+        if parameters:
+            last["parameters"] = (last.get("parameters") or {}) | parameters
+        if not given.recipe and not (given.method and given.targets and (given.base or not _needs_base(given.method))):
+            raise InputError("merge needs --method, --base and --targets, or a --recipe that has them")
+    recipes[-1] |= {key: value for key in ("dtype", "tokenizer") if (value := getattr(given, key))}
+    return recipes
+
+
+def _needs_base(method: str) -> bool:
+    return method not in MERGE_METHODS or MERGE_METHODS[method].needs_base
+
+
+def _merge(recipes: list[dict[str, Any]], given: argparse.Namespace) -> "Result":
+    from fusejax.stages.command import Result
+    from fusejax.stages.merge_files import opened_job
+
+    stages = given.out.with_name(f".{given.out.name}.stages")
+    places: dict[str, Path] = {}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    options = _options(given)
+    with tempfile.TemporaryDirectory(prefix=f".{given.out.name}.", dir=given.out.parent) as scratch:
+        for read in recipes[:-1]:
+            place = places[read["name"]] = stages / read["name"]
+            with opened_job(read, places, scratch=Path(scratch)) as job:
+                _perform_stage(job, place, options._replace(checkpoint=False))
+        with opened_job(recipes[-1], places, scratch=Path(scratch)) as job:
+            record = _perform(job, given.out, options)
+            targets, method = job.targets, job.recipe.method
+            base = job.recipe.base
+    shutil.rmtree(stages, ignore_errors=True)
+    inputs = {model: facts["xxh3"] for model, facts in record["inputs"].items()}
+    data = {
         "method": method,
-        "parameters": parameters,
-        "base": {base_ref: base.fingerprint},
-        "targets": {ref: target.fingerprint for ref, target in zip(target_refs, targets, strict=True)},
+        "parameters": dict(recipes[-1].get("parameters") or {}),
+        "base": {base: inputs.get(base, "")} if base else {},
+        "targets": {target: inputs[target] for target in targets},
+        "tensors": record["tensors"],
+        "skipped": record["skipped"],
+        "notes": record["notes"],
+        "out": str(given.out),
     }
-    card = f"# Merged model\n\n```yaml\n{yaml.safe_dump(facts, sort_keys=False)}```\n"
-    save_hf_model(given.out, base.config, merged, tokenizer_dir=base.directory, card=card)
-    if coefficients:
-        write_json(given.out / "coefficients.json", coefficients)
-    data = facts | {"out": str(given.out), "fingerprint": fingerprint_of(facts)}
-    return Result(data, f"{method} of {len(targets)} targets -> {given.out}")
+    data["fingerprint"] = fingerprint_of({key: value for key, value in data.items() if key != "out"})
+    text = f"{method} of {len(targets)} targets -> {given.out}"
+    if record["skipped"]:
+        text += f"\n{len(record['skipped'])} tensors are the base's, as an input was not finite; see README.md there"
+    return Result(data, text)
+
+
+def _perform(job: "Job", out: Path, options: "Options") -> dict[str, Any]:
+    from fusejax.stages.merge_files import perform
+
+    return perform(job, out, options)
+
+
+def _perform_stage(job: "Job", place: Path, options: "Options") -> None:
+    """Makes an intermediate model, unless a killed merge has left it finished."""
+    import json
+
+    from fusejax.stages.merge_files import RECORD, identity_of
+
+    if (place / RECORD).is_file():
+        if json.loads((place / RECORD).read_text(encoding="utf-8"))["identity"] == identity_of(job, options):
+            return
+        shutil.rmtree(place)
+    _perform(job, place, options)
+
+
+def _options(given: argparse.Namespace) -> "Options":
+    from fusejax.stages.merge_files import Options
+
+    if given.threads < 0:
+        raise InputError(f"--threads must be at least 1, got {given.threads}")
+    return Options(given.threads, given.nonfinite, _mesh(given.mesh), given.format == "checkpoint")
+
+
+def _mesh(text: str | None) -> Any:
+    if text is None:
+        return None
+    from fusejax.parallel import make_mesh
+
+    try:
+        sizes = {key: int(value) for key, value in (part.split("=") for part in text.split(","))}
+        if unknown := set(sizes) - {"data", "fsdp", "tensor"}:
+            raise ValueError(f"unknown axes {sorted(unknown)}")
+        return make_mesh(data=sizes.get("data", 1), fsdp=sizes.get("fsdp", 1), tensor=sizes.get("tensor", 1))
+    except ValueError as error:
+        raise InputError(f"--mesh must be like data=1,fsdp=8,tensor=1, got {text!r}: {error}") from error
+
+
+def _explain(recipes: list[dict[str, Any]]) -> "Result":
+    from fusejax.stages.command import Result
+    from fusejax.stages.merge_explain import explain, explanation_text
+    from fusejax.stages.merge_files import opened_job
+
+    if len(recipes) > 1:
+        raise InputError("--explain takes one stage; the inputs of later stages do not exist yet")
+    with opened_job(recipes[0], {}) as job:
+        found = explain(job)
+    return Result(found, explanation_text(found))
 
 
 def _methods() -> str:
     return ", ".join(sorted(MERGE_METHODS))
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"no recipe at {path}")
-    read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(read, dict):
-        raise InputError(f"{path} holds no mapping; expected the keys {', '.join(_RECIPE_KEYS)}")
-    for key in read:
-        if key not in _RECIPE_KEYS:
-            known = ", ".join(_RECIPE_KEYS)
-            raise InputError(f"{path}: unknown key {key!r}.{nearest(key, _RECIPE_KEYS)} Known: {known}")
-    return read
-
-
-def _parameters(words: list[str]) -> dict[str, Any]:
-    """`--select-topk 0.5 --weights 1 2` -> {"select_topk": 0.5, "weights": [1, 2]}."""
-    found: dict[str, list[Any]] = {}
-    current: str | None = None
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            current = name.replace("-", "_")
-            found[current] = [yaml.safe_load(value)] if value else []
-        elif current is None:
-            raise InputError(f"do not know what {word!r} belongs to; parameters are given as --name value")
-        else:
-            found[current].append(yaml.safe_load(word))
-    if empty := [name for name, values in found.items() if not values]:
-        raise InputError(f"the parameters {empty} have no value")
-    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}

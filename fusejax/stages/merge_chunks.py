@@ -76,7 +76,7 @@ class Chunks:
             count = self.fill(start)
             for row, digest in enumerate(hashes if first else ()):
                 values = self._buffer[row, :count]
-                digest.update(values)
+                digest.update(values.data)
                 if row not in self.bad and nonfinite(values, self.dtype):
                     self.bad.append(row)
             yield start, count, self._buffer
@@ -182,29 +182,33 @@ def _select(chunks: Chunks, bits_of: Callable[[np.ndarray], Sequence[Any]], shar
     wanted = [min(int(share(chunks.size, int(nonzero[kind]))), chunks.size) for kind, share in enumerate(shares)]
     above = [np.concatenate([np.cumsum(row[::-1])[::-1], [0]]) for row in histograms]  # elements at or above a bin
     bins = [int(np.searchsorted(-row, -wish, side="right")) - 1 for row, wish in zip(above, wanted, strict=True)]
-    found: list[list[np.ndarray]] = [[] for _ in kinds]
+    found: list[list[np.ndarray]] = [[] for _ in kinds]  # the lower 16 bits of what is in the bin, per chunk
     for _, count, raw in chunks:
         for kind, bits in enumerate(bits_of(raw)):
-            bits = np.asarray(bits)[:count]
-            found[kind].append(bits[bits >> 16 == bins[kind]])
+            halves = np.asarray(bits)[:count].view(np.uint16)
+            found[kind].append(halves[0::2][halves[1::2] == bins[kind]])
     return [
-        _settle(chunks, kind, bits_of, wanted[kind] - int(above[kind][bins[kind] + 1]), found[kind])
+        _settle(chunks, bins[kind], wanted[kind] - int(above[kind][bins[kind] + 1]), found[kind],
+                lambda kind=kind: bits_of(chunks.buffer)[kind])
         if wanted[kind] > 0
         else _NOTHING
         for kind in kinds
-    ]
+    ]  # fmt: skip
 
 
-def _settle(chunks: Chunks, kind: int, bits_of: Any, rank: int, found: list[np.ndarray]) -> _Selection:
-    """Finds the `rank`-th largest of the gathered elements, and the flat index up to which its equals count."""
-    gathered = np.concatenate(found)
-    threshold = int(np.partition(gathered, gathered.size - rank)[gathered.size - rank])
-    needed = rank - int(np.count_nonzero(gathered > threshold))
-    for chunk, bits in enumerate(found):
-        tied = int(np.count_nonzero(bits == threshold))
+def _settle(
+    chunks: Chunks, upper: int, rank: int, found: list[np.ndarray], bits_of_buffer: Callable[[], Any]
+) -> _Selection:
+    """Finds the `rank`-th largest element of a bin, and the flat index up to which its equals count."""
+    histogram = sum((np.bincount(lower, minlength=2**16) for lower in found), start=np.zeros(2**16, np.int64))
+    above = np.concatenate([np.cumsum(histogram[::-1])[::-1], [0]])
+    lower = int(np.searchsorted(-above, -rank, side="right")) - 1
+    threshold, needed = upper << 16 | lower, rank - int(above[lower + 1])
+    for chunk, values in enumerate(found):
+        tied = int(np.count_nonzero(values == lower))
         if tied >= needed:
             count = chunks.fill(chunk * CHUNK)
-            bits = np.asarray(bits_of(chunks.buffer)[kind])[:count]
+            bits = np.asarray(bits_of_buffer())[:count]
             return _Selection(threshold, chunk * CHUNK + int(np.flatnonzero(bits == threshold)[needed - 1]) + 1)
         needed -= tied
     raise RuntimeError("the tensor changed while it was read")
@@ -261,9 +265,9 @@ def _prepare_sce(chunks: Chunks, values: Mapping[str, Any]) -> Prepared:
     weights = (shares.astype(np.float32),)
     masked = selected is not None and variant != "fuseai"
     options = (("variant", variant), ("masked", masked))
-    if not masked:
+    if not masked or selected is None:
         return Prepared(programs.erase, lambda start, count: weights, options, tuple(shares.tolist()))
-    mask: _Selection = selected
+    mask = selected
     return Prepared(
         programs.erase, lambda start, count: weights + mask.numbers(start, count), options, tuple(shares.tolist())
     )

@@ -23,8 +23,8 @@ def place_rows(tensor: StoredTensor, mesh: Any) -> jax.Array:
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if divides else PartitionSpec())
     width = int(np.prod(shape[1:]))
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        first, last, _ = index[0].indices(shape[0]) if shape else (0, 1, 1)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        first, last, _ = index[0].indices(shape[0]) if shape and index else (0, 1, 1)
         part = np.empty((last - first) * width, dtype)
         tensor.read_into(first * width, part.view(np.uint8))
         return part.reshape((last - first, *shape[1:]) if shape else ())

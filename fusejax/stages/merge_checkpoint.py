@@ -1,0 +1,58 @@
+"""A merged Hugging Face directory turned into a fusejax checkpoint where it lies, leaf by leaf."""
+
+import contextlib
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.io.checkpoint import save_model
+from fusejax.io.hf import _open_files, _Tensors, read_hf_config
+from fusejax.io.manifest import write_manifest
+from fusejax.models.params import param_table
+from fusejax.parallel.paths import unflatten_paths
+
+__all__ = ["convert_in_place"]
+
+
+def convert_in_place(directory: Path, record: Mapping[str, Any]) -> None:
+    """Replaces the safetensors files of a directory by our leaves, and writes its manifest.
+
+    Args:
+        directory: a complete Hugging Face model of an architecture that fusejax knows.
+        record: what `merge.json` says; recipe and inputs go into the manifest.
+    """
+    config = read_hf_config(directory)
+    with contextlib.ExitStack() as stack:
+        tensors = _Tensors(_open_files(directory, stack))
+        leaves = {path: _mapped(tensors.read_leaf(spec, None), directory) for path, spec in param_table(config).items()}
+    inner = directory / ".checkpoint"
+    save_model(inner, unflatten_paths(leaves), json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    for path in inner.iterdir():
+        os.replace(path, directory / path.name)
+    inner.rmdir()
+    hidden = {path: path.read_bytes() for path in directory.glob(".*") if path.is_file()}
+    for path in hidden:  # the journal is no part of the artefact
+        path.unlink()
+    inputs = {name: facts["xxh3"] for name, facts in record["inputs"].items()}
+    write_manifest(directory, kind="model", settings={"recipe": record["recipe"]}, parents=inputs)
+    for path, data in hidden.items():
+        path.write_bytes(data)
+
+
+def _mapped(leaf: np.ndarray, scratch: Path) -> np.ndarray:
+    """Returns the leaf in an unnamed file, so that the model takes no memory of its own."""
+    if leaf.nbytes == 0:
+        return leaf
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        file.write(leaf.reshape(-1).view(np.uint8).data)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), leaf.nbytes, prot=mmap.PROT_READ)
+    return np.frombuffer(mapped, leaf.dtype).reshape(leaf.shape)

@@ -1,0 +1,236 @@
+"""One merge from recipe to directory: open, plan, refuse, stream, and say what was done.
+
+Everything that can be known from headers is checked before a byte is written. The output is made in a directory
+beside its place (`fusejax.io.stream_write`): weights, configuration, tokenizer and other small files of the base, a
+model card with the recipe and the hashes of the inputs, `merge.json` with the same for programs, and for methods with
+coefficients `coefficients.json` and a heat map.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fusejax.errors import InputError
+from fusejax.io.hf import TOKENIZER_FILES
+from fusejax.io.manifest import fingerprint_of, write_json
+from fusejax.io.models import resolve_model
+from fusejax.io.progress import progress
+from fusejax.io.stream_read import ModelTensors, equal_tensors, open_tensors
+from fusejax.io.stream_tokens import extended_tokenizer, read_tokens
+from fusejax.io.stream_write import Staging, TensorWriter, open_staging
+from fusejax.merging.plan import MergePlan, ModelFacts, TensorSpec
+from fusejax.merging.planner import plan_merge
+from fusejax.merging.recipe import Recipe, parse_recipe
+from fusejax.stages.merge_engine import Made, carry_out
+
+__all__ = ["RECORD", "Job", "Options", "identity_of", "opened_job", "perform"]
+
+RECORD = "merge.json"
+
+
+class Options(NamedTuple):
+    """How a merge is carried out; nothing here changes its values."""
+
+    threads: int = 0  # 0: as many as there are processors, at most 8
+    nonfinite: str = "error"
+    mesh: Any = None
+    checkpoint: bool = False  # write a fusejax checkpoint, not a Hugging Face directory
+
+
+class Job(NamedTuple):
+    """A merge that is planned, its inputs open."""
+
+    read: Mapping[str, Any]  # the recipe as it was given
+    recipe: Recipe
+    plan: MergePlan
+    directories: Mapping[str, Path]  # of every model
+    models: Mapping[str, ModelTensors]
+
+    @property
+    def targets(self) -> list[str]:
+        """The models whose coefficients are counted, in order."""
+        return list(dict.fromkeys(ref.model for step in self.plan.tensors for ref in step.targets))
+
+
+@contextlib.contextmanager
+def opened_job(
+    read: Mapping[str, Any], directories: Mapping[str, Path], *, scratch: Path | None = None
+) -> Iterator[Job]:
+    """Opens the models of a recipe and plans the merge; reads headers only.
+
+    Args:
+        read: the recipe, a mapping as YAML gives it.
+        directories: where models lie whose name is no directory and no hub name.
+        scratch: where checkpoints are unpacked.
+
+    Raises:
+        InputError: whatever makes the merge impossible or senseless.
+    """
+    recipe = parse_recipe(read)
+    listed = [source.model for piece in recipe.slices for source in piece.sources]
+    chosen = [recipe.tokenizer] if recipe.tokenizer not in (None, "base", "union", "truncate") else []
+    names: list[str] = list(dict.fromkeys(name for name in [recipe.base, *listed, *chosen] if name is not None))
+    places = {name: directories.get(name) or resolve_model(name) for name in names}
+    with contextlib.ExitStack() as stack:
+        models = {name: stack.enter_context(open_tensors(place, scratch=scratch)) for name, place in places.items()}
+        facts = {name: _facts(models[name], places[name]) for name in names}
+        job = Job(read, recipe, plan_merge(recipe, facts), places, models)
+        _refuse_twins(job)
+        yield job
+
+
+def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
+    """Carries a job out and returns its record, which is also written as `merge.json`.
+
+    Raises:
+        InputError: an output directory with something in it, an input that is not finite.
+    """
+    plan = job.plan
+    shapes = {step.output: _output_spec(job, step) for step in plan.tensors}
+    identity = identity_of(job, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    threads = options.threads or min(os.cpu_count() or 1, 8)
+    with open_staging(out, identity) as staging:
+        writer = TensorWriter(staging.directory, shapes)
+        try:
+            with progress("merge", total=writer.total, unit="bytes") as bar:
+                made = carry_out(
+                    plan, job.models, writer, staging, threads=threads, nonfinite=options.nonfinite,
+                    mesh=options.mesh, tick=bar.update,
+                )  # fmt: skip
+            writer.finish()
+        finally:
+            writer.close()
+        record = _record(job, made, identity)
+        _small_files(job, staging, shapes)
+        _reports(job, staging, made, record)
+        if options.checkpoint:
+            from fusejax.stages.merge_checkpoint import convert_in_place
+
+            convert_in_place(staging.directory, record)
+    return record
+
+
+def identity_of(job: Job, options: Options) -> str:
+    """Returns a hash of everything that determines the output of a job."""
+    shapes = [(step.output, *_output_spec(job, step)) for step in job.plan.tensors]
+    models = {name: model.identity for name, model in job.models.items()}
+    kind = [options.nonfinite, options.checkpoint]
+    return fingerprint_of({"recipe": job.read, "models": models, "options": kind, "tensors": shapes})
+
+
+def _facts(model: ModelTensors, directory: Path) -> ModelFacts:
+    specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in model.tensors.items()}
+    return ModelFacts(specs, read_tokens(directory))
+
+
+def _refuse_twins(job: Job) -> None:
+    """A target given twice would get twice its weight without being asked for."""
+    targets = job.targets
+    for j, name in enumerate(targets):
+        for other in targets[:j]:
+            same = job.directories[name].resolve() == job.directories[other].resolve()
+            if same or equal_tensors(job.models[name], job.models[other]):
+                raise InputError(
+                    f"the same model is given twice as a target: {other} and {name}; give it once, with a weight"
+                )
+
+
+def _output_spec(job: Job, step: Any) -> tuple[tuple[int, ...], str]:
+    ref = step.base or step.targets[0]
+    shape = tuple(job.models[ref.model].tensors[ref.name].shape)
+    if step.vocabulary and job.plan.rows:
+        shape = (len(job.plan.rows[ref.model]), *shape[1:])
+    return shape, step.dtype
+
+
+def _small_files(job: Job, staging: Staging, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Configuration, tokenizer, chat template and generation settings of the template."""
+    source, plan = job.directories[_template(job)], job.plan
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging.directory / name)
+    if job.recipe.tokenizer == "union" and plan.rows:
+        (staging.directory / "tokenizer.json").write_text(extended_tokenizer(source, plan.tokens), encoding="utf-8")
+    path = source / "config.json"
+    if not path.is_file():
+        raise InputError(f"{source} has no config.json to copy; expected a Hugging Face model directory")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if plan.rows:
+        config["vocab_size"] = len(plan.tokens)
+    if plan.num_layers is not None:
+        config["num_hidden_layers"] = plan.num_layers
+    heads = [name for name in shapes if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    if config.get("tie_word_embeddings") and any(name not in job.models[plan.template].tensors for name in heads):
+        config["tie_word_embeddings"] = False
+    dtypes = {dtype for _, dtype in shapes.values() if dtype.startswith(("float", "bfloat"))}
+    for key in ("dtype", "torch_dtype"):
+        if key in config and len(dtypes) == 1:
+            config[key] = dtypes.copy().pop()
+    write_json(staging.directory / "config.json", config)
+
+
+def _template(job: Job) -> str:
+    """The model whose small files are copied; that of the chosen tokenizer where one is named."""
+    chosen = job.recipe.tokenizer
+    return chosen if chosen is not None and chosen in job.directories else job.plan.template
+
+
+def _record(job: Job, made: Mapping[str, Made], identity: str) -> dict[str, Any]:
+    from fusejax import __version__
+
+    read: dict[str, dict[str, str]] = {name: {} for name in job.plan.models}
+    for tensor, found in made.items():
+        for model, digest in found.inputs.items():
+            read[model][tensor] = digest
+    return {
+        "fusejax": __version__,
+        "recipe": dict(job.read),
+        "inputs": {name: {"xxh3": fingerprint_of(digests), "tensors": len(digests)} for name, digests in read.items()},
+        "output": fingerprint_of({tensor: found.xxh3 for tensor, found in made.items()}),
+        "tensors": len(made),
+        "skipped": {tensor: found.skipped for tensor, found in made.items() if found.skipped},
+        "notes": list(job.plan.notes),
+        "identity": identity,
+    }
+
+
+def _reports(job: Job, staging: Staging, made: Mapping[str, Made], record: dict[str, Any]) -> None:
+    coefficients = {tensor: found.coefficients for tensor, found in made.items() if found.coefficients is not None}
+    write_json(staging.directory / RECORD, record)
+    if coefficients:
+        write_json(staging.directory / "coefficients.json", coefficients)
+    uniform = {len(factors) for factors in coefficients.values()}
+    if job.recipe.method in ("sce", "varm") and uniform == {len(job.targets)}:
+        from fusejax.report.coefficients import plot_coefficients
+
+        names = [Path(name).name for name in job.targets]
+        plot_coefficients(coefficients, names, staging.directory / "coefficients.png")
+    (staging.directory / "README.md").write_text(_card(job, record, coefficients), encoding="utf-8")
+
+
+def _card(job: Job, record: Mapping[str, Any], coefficients: Mapping[str, list[float]]) -> str:
+    base = job.recipe.base
+    lines = ["---", "library_name: transformers", "tags:", "- merge", "- fusejax", "---", "", "# Merged model", ""]
+    lines += [f"Made by fusejax {record['fusejax']} with `{job.recipe.method}`" + (f" from `{base}`." if base else ".")]
+    lines += ["", "```yaml", yaml.safe_dump(dict(job.read), sort_keys=False).rstrip(), "```", "", "## Inputs", ""]
+    lines += ["| model | tensors read | xxh3 of their bytes |", "|---|---|---|"]
+    lines += [f"| `{name}` | {facts['tensors']} | `{facts['xxh3']}` |" for name, facts in record["inputs"].items()]
+    if coefficients and len({len(c) for c in coefficients.values()}) == 1:
+        means = [sum(c[j] for c in coefficients.values()) / len(coefficients) for j in range(len(job.targets))]
+        lines += ["", "## Coefficients", "", "Mean over matrices; each of them is in `coefficients.json`.", ""]
+        lines += [f"* `{name}`: {mean:.4f}" for name, mean in zip(job.targets, means, strict=True)]
+        if job.recipe.method in ("sce", "varm"):
+            lines += ["", "![coefficient of every matrix](coefficients.png)"]
+    if record["skipped"]:
+        lines += ["", "## Kept from the base, as an input was not finite", ""]
+        lines += [f"* `{tensor}`: {', '.join(files)}" for tensor, files in record["skipped"].items()]
+    if record["notes"]:
+        lines += ["", "## Notes", "", *(f"* {note}" for note in record["notes"])]
+    return "\n".join(lines) + "\n"
