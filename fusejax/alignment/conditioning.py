@@ -6,8 +6,9 @@ What the source says about the continuation is its distribution over the tokens 
     P(next bytes | r) = p(u) / Z  for every u = r + rest, named by the symbol c(rest)
 
 The stored residual is not conditioned alike: most of it begins with something else. Its share that begins with `r`
-is estimated from how often the source's tokens occur (unigram counts, the stored entries left out). A position
-whose stored entries keep too little mass is dropped, because the estimate would then be all there is.
+is estimated by how often such tokens occur in text (unigram counts; `benchmarks/alignment_information.py` measures
+what that is worth). A position whose stored entries keep too little mass is dropped, because the estimate would
+then be all there is.
 
 `r` is read off the source's own next token, so a dummy space or a lower-casing normaliser is part of it. Where the
 token's bytes and its stretch of text differ in length (a normaliser that folds), nothing is conditioned.
@@ -57,7 +58,7 @@ class Conditioner:
         vocab_map: VocabMap,
         *,
         counts: Array,
-        threshold: float = 0.1,
+        threshold: float = 0.05,
     ) -> None:
         self._source, self._target, self._map, self.threshold = source, target, vocab_map, threshold
         self._bytes = [surface or b"" for surface in source.token_bytes]
@@ -69,8 +70,7 @@ class Conditioner:
         self._rank[order] = np.arange(len(order))
         # A token that was never seen still has a little probability, so that no residual is exactly nothing.
         frequency = np.asarray(counts, np.float64) + 1 / len(self._bytes)
-        self._frequency = frequency / frequency.sum()
-        self._cumulative = np.concatenate([[0.0], np.cumsum(self._frequency[order])])
+        self._cumulative = np.concatenate([[0.0], np.cumsum(frequency[order] / frequency.sum())])
         self._last = b"\xff" * (1 + max(map(len, self._sorted), default=0))
         self._ranges: dict[bytes, tuple[int, int]] = {}
         self._symbols: dict[bytes, int] = {b"": -1}
@@ -104,7 +104,7 @@ class Conditioner:
         )
         prefixes = [prefix for prefix, used in zip(prefixes, use, strict=True) if used]
         residual = np.exp(np.asarray(source["residual_logprob"])[before].astype(np.float64))
-        residual = residual * self._residual_share(ids, probability > 0, begins, span)
+        residual = residual * self._residual_share(span)
         symbols = self._remaining(ids, begins, [len(prefix) for prefix in prefixes])
         norm = kept + residual
         share = np.where(begins, probability / norm[:, None], 0.0)
@@ -139,13 +139,9 @@ class Conditioner:
             self._ranges[prefix] = first, max(first, bisect_left(self._sorted, prefix + self._last))
         return self._ranges[prefix]
 
-    def _residual_share(self, ids: Array, stored: Array, begins: Array, span: Array) -> Array:
-        """Share [n] of the tokens that are not stored which begin with the bytes read, by unigram frequency."""
-        frequency = self._frequency[ids]
-        inside = self._cumulative[span[:, 1]] - self._cumulative[span[:, 0]]
-        inside = inside - np.where(begins, frequency, 0.0).sum(axis=1)
-        total = 1 - np.where(stored, frequency, 0.0).sum(axis=1)
-        return np.clip(inside, 0, None) / np.maximum(total, 1e-12)
+    def _residual_share(self, span: Array) -> Array:
+        """Share [n] of the residual that begins with the bytes read: that of all tokens in text."""
+        return self._cumulative[span[:, 1]] - self._cumulative[span[:, 0]]
 
     def _remaining(self, ids: Array, used: Array, lengths: list[int]) -> Array:
         """Symbols [n, K] of what is left of every token after the bytes read; -1 where `used` is False."""

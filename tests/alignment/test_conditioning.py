@@ -42,21 +42,19 @@ def oracle(record, source, target, ends, index, counts):
         label = source.token_bytes[record["labels"][s]]
         text_start = source_ends[s + 1] - len(label)  # -1 where a dummy space stands in front
         prefix = label[: end - text_start]
-        mass, kept, stored = {}, 0.0, 0.0
+        mass, kept = {}, 0.0
         for u, logprob in zip(record["topk_ids"][s], record["topk_logprobs"][s], strict=True):
             surface = source.token_bytes[u] if u >= 0 else None
-            stored += frequency[u] if u >= 0 else 0.0
             if surface and surface.startswith(prefix) and len(surface) > len(prefix):
                 symbol = naive_symbol(surface[len(prefix) :], source, target)
                 mass[symbol] = mass.get(symbol, 0.0) + np.exp(np.float64(logprob))
                 kept += np.exp(np.float64(logprob))
-        ids = {int(u) for u in record["topk_ids"][s] if u >= 0}
         longer = [
             frequency[u]
             for u, b in enumerate(source.token_bytes)
-            if b and b.startswith(prefix) and len(b) > len(prefix) and u not in ids
+            if b and b.startswith(prefix) and len(b) > len(prefix)
         ]
-        residual = np.exp(np.float64(record["residual_logprob"][s])) * sum(longer) / (1 - stored)
+        residual = np.exp(np.float64(record["residual_logprob"][s])) * sum(longer)
         if kept >= THRESHOLD:
             found[t] = kept, {k: p / (kept + residual) for k, p in mass.items()}, residual / (kept + residual)
     return found
