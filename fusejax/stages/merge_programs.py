@@ -37,16 +37,19 @@ def _narrow(values: jax.Array, dtype: str) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("formula", "options", "dtype"))
 def run_formula(raw: jax.Array, numbers: Any, *, formula: Any, options: Any, dtype: str) -> jax.Array:
+    """Applies a formula to the widened rows [R, C] and rounds the result [C] to the raw form of `dtype`."""
     return _narrow(formula(_widen(raw), *numbers, **dict(options)), dtype)
 
 
 @jax.jit
 def widened_rows(raw: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns every row of a raw chunk [R, C] in float32."""
     return tuple(_widen(row) for row in raw)
 
 
 @jax.jit
 def changes(raw: jax.Array, selected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns the difference of every later row from row 0, [C] each; 0 where a selection is given and misses."""
     rows = _widen(raw)
     found = [rows[j] - rows[0] for j in range(1, len(rows))]
     if selected:
@@ -57,11 +60,13 @@ def changes(raw: jax.Array, selected: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 @jax.jit
 def spread_bits(raw: jax.Array) -> jax.Array:
+    """Returns the bits, [C] uint32, of the variance over targets (times a constant)."""
     return jax.lax.bitcast_convert_type(_spread(_widen(raw)), jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="which")
 def change_bits(raw: jax.Array, *, which: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Returns the bits, [C] uint32 each, of the size of some targets' differences from row 0."""
     rows = _widen(raw)
     return tuple(jax.lax.bitcast_convert_type(jnp.abs(rows[1 + j] - rows[0]), jnp.uint32) for j in which)
 
@@ -90,22 +95,27 @@ def pure(rows: jax.Array, *arrays: jax.Array, method: str, names: tuple[str, ...
 
 
 def second_row(rows: jax.Array) -> jax.Array:
+    """Copies the only target."""
     return rows[1]
 
 
 def line(rows: jax.Array, t: jax.Array) -> jax.Array:
+    """Interpolates linearly between two rows."""
     return rows[0] + t * (rows[1] - rows[0])
 
 
 def sum_of_two(rows: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns first * row 0 + second * row 1: an arc, its factors known."""
     return first * rows[0] + second * rows[1]
 
 
 def shifted(rows: jax.Array, shares: jax.Array) -> jax.Array:
+    """Adds the differences from row 0 by given shares [J]: VaRM, its weights known."""
     return rows[0] + _total([shares[j] * (rows[j + 1] - rows[0]) for j in range(len(rows) - 1)])
 
 
 def erase(rows: jax.Array, weights: jax.Array, *selected: jax.Array, variant: str, masked: bool) -> jax.Array:
+    """SCE, its weights [J] and selection known: keeps what agrees with the sign of the sum."""
     base, changes = rows[0], [rows[j] - rows[0] for j in range(1, len(rows))]
     if masked:
         mask = _mask(_spread(rows), *selected)
@@ -125,6 +135,7 @@ def erase(rows: jax.Array, weights: jax.Array, *selected: jax.Array, variant: st
 def elect(
     rows: jax.Array, weights: jax.Array, scale: jax.Array, found: Any, *, normalize: bool, trimmed: tuple[int, ...]
 ) -> jax.Array:
+    """TIES, its selections known: trims, elects signs, merges what agrees."""
     votes = []
     for j in range(len(rows) - 1):
         change = rows[j + 1] - rows[0]
