@@ -10,6 +10,7 @@ nothing else: not of the order of the tensors, the mesh, nor whether the layers 
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fusejax.merging.average import weighted_sum
 from fusejax.merging.task_vectors import consensus
@@ -100,11 +101,19 @@ def _by_rank(differences: Array, density: Array, epsilon: Array) -> list[Array]:
     last = max(differences.shape[-1] - 1, 1)
     probabilities = []
     for j, vector in enumerate(differences):
-        order = jnp.argsort(jnp.abs(vector), axis=-1, stable=True)
+        order = jnp.argsort(jnp.abs(_with_whole_rows(vector)), axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1, stable=True).astype(vector.dtype)
         centred = 2 * rank / last - 1 if differences.shape[-1] > 1 else jnp.zeros_like(rank)
         probabilities.append(density[j] + epsilon[j] * centred)
     return probabilities
+
+
+def _with_whole_rows(vector: Array) -> Array:
+    """On a mesh with explicit axes a sort wants its axis on one device; elsewhere the compiler sees to that."""
+    sharding = jax.typeof(vector).sharding
+    if not sharding.spec or sharding.spec[-1] is None:
+        return vector
+    return jax.sharding.reshard(vector, PartitionSpec(*sharding.spec[:-1], None))
 
 
 def _dropped(vectors: Array, key: Array, keep: list[Array], rescale: bool, variant: str) -> Array:
