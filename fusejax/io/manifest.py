@@ -165,9 +165,11 @@ def verify_directory(directory: Path) -> list[str]:
 
 
 def damaged_files(directory: Path) -> dict[str, str]:
-    """Returns {file: what is wrong with it} of an artefact; the manifest is one of its files."""
+    """Returns {file: what is wrong with it} of an artefact; of a damaged manifest nothing else is believed."""
     directory = Path(directory)
     manifest = read_manifest(directory)
+    if problem := _damage_of_manifest(directory / MANIFEST, manifest):
+        return {MANIFEST: problem}
     bad = {}
     for name, entry in manifest.files.items():
         path = directory / name
@@ -177,8 +179,6 @@ def damaged_files(directory: Path) -> dict[str, str]:
             bad[name] = f"{path.stat().st_size} bytes, expected {entry['bytes']}"
         elif file_checksum(path) != entry["xxh3"]:
             bad[name] = "checksum differs from the manifest"
-    if problem := _damage_of_manifest(directory / MANIFEST, manifest):
-        bad[MANIFEST] = problem
     return bad
 
 

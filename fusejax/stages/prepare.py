@@ -4,7 +4,7 @@ __all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare",
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 from fusejax.config import CorpusConfig, TextSource
-from fusejax.data.corpus import Document, cut_documents, dedupe, split_documents, write_corpus
+from fusejax.data.corpus import Document, cut_documents, dedupe, read_corpus, split_documents, write_corpus
 from fusejax.data.embedded import embedded_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
-from fusejax.io.manifest import Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
+from fusejax.io.manifest import MANIFEST, Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
 from fusejax.io.progress import say
 from fusejax.stages.context import Run, finished
 
@@ -31,8 +31,18 @@ def prepare(run: Run) -> Manifest:
     if done:
         return done
     run.replace_stale(run.corpus_dir)
-    read = {name: _read(getattr(corpus, name)) for name in ("train", "valid", "test")}
-    return corpus_from_documents(run.corpus_dir, read, corpus, seed=run.config.seed, settings=settings)
+    return corpus_from_documents(run.corpus_dir, _read_all(corpus), corpus, seed=run.config.seed, settings=settings)
+
+
+def planned_documents(run: Run) -> Sequence[Document]:
+    """The training documents that `prepare` keeps, or would keep, without writing anything."""
+    if (run.corpus_dir / MANIFEST).is_file():
+        return read_corpus(run.corpus_dir, "train")
+    return _select(_read_all(run.config.corpus), run.config.corpus, seed=run.config.seed)[0]["train"]
+
+
+def _read_all(corpus: CorpusConfig) -> dict[str, list[Document]]:
+    return {name: _read(getattr(corpus, name)) for name in ("train", "valid", "test")}
 
 
 def corpus_from_documents(
@@ -44,6 +54,21 @@ def corpus_from_documents(
     settings: Mapping[str, Any],
 ) -> Manifest:
     """Cuts, de-duplicates, splits and writes documents given per split; empty valid or test come from train."""
+    cut, dropped = _select(documents, corpus, seed=seed)
+    with atomic_directory(directory) as temporary:
+        facts = write_corpus(temporary, cut)
+        manifest = write_manifest(
+            temporary, kind="corpus", settings=settings, facts={"splits": facts, "duplicates": dropped}
+        )
+    sizes = ", ".join(f"{name} {f['documents']} documents {f['bytes'] / 1e6:.2f} MB" for name, f in facts.items())
+    say(f"corpus: {sizes}; {dropped} duplicates dropped")
+    return manifest
+
+
+def _select(
+    documents: Mapping[str, Iterable[Document]], corpus: CorpusConfig, *, seed: int
+) -> tuple[dict[str, list[Document]], int]:
+    """The documents of each split, and how many duplicates were dropped."""
     dropped = 0
 
     def count(_: Document) -> None:
@@ -73,14 +98,7 @@ def corpus_from_documents(
     for name in ("train", "test"):
         if not cut[name]:
             raise InputError(f"the {name} split is empty: give `corpus.{name}` or more documents in `corpus.train`")
-    with atomic_directory(directory) as temporary:
-        facts = write_corpus(temporary, cut)
-        manifest = write_manifest(
-            temporary, kind="corpus", settings=settings, facts={"splits": facts, "duplicates": dropped}
-        )
-    sizes = ", ".join(f"{name} {f['documents']} documents {f['bytes'] / 1e6:.2f} MB" for name, f in facts.items())
-    say(f"corpus: {sizes}; {dropped} duplicates dropped")
-    return manifest
+    return cut, dropped
 
 
 def _read(sources: Iterable[TextSource]) -> list[Document]:

@@ -13,6 +13,7 @@ from fusejax.errors import InputError, nearest
 from fusejax.io.progress import say
 from fusejax.stages.align import align
 from fusejax.stages.capture import capture
+from fusejax.stages.capture_size import predicted_bytes
 from fusejax.stages.command import Result, parse_config
 from fusejax.stages.context import Run
 from fusejax.stages.convert import export_run
@@ -21,7 +22,7 @@ from fusejax.stages.fuse import fuse
 from fusejax.stages.lock import exclusive
 from fusejax.stages.merge import merge_run
 from fusejax.stages.preflight import check_before
-from fusejax.stages.prepare import prepare
+from fusejax.stages.prepare import planned_documents, prepare
 from fusejax.stages.report import report_run
 from fusejax.stages.train import train
 
@@ -108,10 +109,16 @@ def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
     """Checks what can be checked without weights and says what would be done."""
     run = Run(config)
     steps: list[tuple[str, str]] = []
+    documents = planned_documents(run) if "capture" in names else ()
+    sizes = {}
     for name, ref in run.participants.items():
         found = run.model_path(ref)
         tokenizer = run.tokenizer(ref)
-        steps.append(("capture", f"{name}: {found}, {tokenizer.vocab_size} tokens -> {run.captured_dir(name)}"))
+        if "capture" in names:
+            sizes[name] = predicted_bytes(run, ref, documents)
+        predicted = f", about {sizes[name] / 1e6:.1f} MB" if name in sizes else ""
+        what = f"{name}: {found}, {tokenizer.vocab_size} tokens{predicted} -> {run.captured_dir(name)}"
+        steps.append(("capture", what))
         steps.append(("align", f"{name}: {config.align.vocabulary} symbols -> {run.aligned_dir(name)}"))
     target = run.model_path(config.target)
     for fusion in config.fusions:
@@ -132,4 +139,8 @@ def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
     free = shutil.disk_usage(parent if parent.exists() else ".").free
     lines = [f"{stage:<9} {what}" for stage, what in wanted]
     lines.append(f"disk free at {parent}: {free / 1e9:.1f} GB")
-    return Result({"dry_run": [{"stage": s, "what": w} for s, w in wanted], "disk_free_bytes": free}, "\n".join(lines))
+    if sum(sizes.values()) > free:
+        lines.append(f"the captures need about {sum(sizes.values()) / 1e9:.1f} GB: more than is free")
+    plan = [{"stage": s, "what": w} for s, w in wanted]
+    data = {"dry_run": plan, "disk_free_bytes": free, "predicted_capture_bytes": sizes}
+    return Result(data, "\n".join(lines))
