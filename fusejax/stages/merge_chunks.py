@@ -123,6 +123,9 @@ def prepare(method: str, chunks: Chunks, values: Mapping[str, Any], energy: np.n
         chunks: row 0 is the base where the method takes one, then the targets.
         values: the parameters, complete, as `fusejax.merging.registry.resolve` gives them.
         energy: [J] for `varm` over units wider than the matrix.
+
+    Raises:
+        OverflowError: squared changes that are not finite, as those of `chunks.bad`.
     """
     if method in _ELEMENTWISE:
         return _prepare_elementwise(method, chunks, values)
@@ -294,6 +297,8 @@ def _trim_count(share: Fraction, size: int, nonzero: int) -> int:
 
 def _shares(energy: np.ndarray, floor: float) -> np.ndarray:
     total = energy.sum()
+    if not math.isfinite(total):
+        raise OverflowError
     if total == 0 or total < floor:
         return np.full(len(energy), 1 / len(energy))
     return energy / total

@@ -152,7 +152,13 @@ class _Run:
         self, step: TensorMerge, refs: list[TensorRef], tensors: list[StoredTensor], values: dict[str, Any]
     ) -> Made:
         chunks = Chunks(tensors)
-        prepared = prepare(step.method, chunks, values, self._energies.get(step.output))
+        try:
+            prepared = prepare(step.method, chunks, values, self._energies.get(step.output))
+        except OverflowError:
+            _raise_bad(step, chunks)
+            raise InputError(
+                f"the squared changes of {step.output} are beyond float32; is it the same model?"
+            ) from None
         _raise_bad(step, chunks)
         written, width = xxhash.xxh3_64(), dtype_of(step.dtype).itemsize
         for start, count, raw in chunks:

@@ -7,6 +7,7 @@ the result is within one rounding of the merge of all.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fusejax.errors import InputError
 from fusejax.stages.merge_files import RECORD
 
 __all__ = ["extended", "flags_to_parameters", "read_recipes"]
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_SETTINGS = ("parameters", "models", "slices")
 
 
 def read_recipes(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +46,18 @@ def read_recipes(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}: stage {number} of {len(documents)} needs a `name` that later stages refer to")
         if names.count(name) > 1:
             raise InputError(f"{path}: two stages are named {name!r}")
-    return documents
+    return [{key: _numeric(value) if key in _SETTINGS else value for key, value in read.items()} for read in documents]
+
+
+def _numeric(value: Any) -> Any:
+    """Reads numbers such as 1e-5, which YAML 1.1 takes for text, wherever they stand in settings."""
+    if isinstance(value, dict):
+        return {key: inner if key in ("model", "filter") else _numeric(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numeric(inner) for inner in value]
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    return value
 
 
 def flags_to_parameters(words: list[str]) -> dict[str, Any]:
@@ -53,11 +68,11 @@ def flags_to_parameters(words: list[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             current = name.replace("-", "_")
-            found[current] = [yaml.safe_load(value)] if value else []
+            found[current] = [_numeric(yaml.safe_load(value))] if value else []
         elif current is None:
             raise InputError(f"do not know what {word!r} belongs to; parameters are given as --name value")
         else:
-            found[current].append(yaml.safe_load(word))
+            found[current].append(_numeric(yaml.safe_load(word)))
     if empty := [name for name, values in found.items() if not values]:
         raise InputError(f"the parameters {empty} have no value")
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
