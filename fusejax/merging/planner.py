@@ -216,6 +216,9 @@ def _parameters(recipe: Recipe, place: Place, sources: Sequence[Source]) -> dict
     for name, parameter in MERGE_METHODS[recipe.method].parameters.items():
         per_source = [_first(name, place, (source.parameters, *shared)) for source in sources]
         if parameter.per_target:
+            if name == "weights" and None in per_source and any(value is not None for value in per_source):
+                without = sources[per_source.index(None)].model
+                raise InputError(f"{recipe.method}: {name} is set for other models, but not for {without}.")
             if any(value is not None for value in per_source):
                 values[name] = tuple(parameter.default if value is None else value for value in per_source)
         elif any(name in source.parameters for source in sources) and len(sources) > 1:

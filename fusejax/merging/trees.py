@@ -28,7 +28,7 @@ def merge_trees(base: Any, targets: Sequence[Any], *, method: str, coefficients:
       targets: J pytrees like base. Numpy leaves give numpy leaves.
       method: a name in `MERGE_METHODS`.
       coefficients: also return the coefficient of every target in every matrix.
-      **params: the method's parameters.
+      **params: the method's parameters; random methods also take `key`, of jax.random, instead of `seed`.
 
     Returns:
       The merged pytree; with `coefficients`, also a dict from path to [J] float32, or [L, J] where stacked.

@@ -191,6 +191,7 @@ def test_bad_recipes_are_refused(text, message):
         ("{method: linear, targets: [y, x]}", {"y": facts(extra=["model.bias"])}, "x lacks model.bias"),
         ("{method: linear, targets: [x, y], parameters: {weights: [1, -1]}}", {}, "weights sum to 0"),
         ("{method: sce, base: b, targets: [x], parameters: {select_topk: [0, 2]}}", {}, r"layers\.2.*\[0, 1\], got 2"),
+        ("{merge_method: linear, models: [{model: x, parameters: {weight: 1}}, y]}", {}, "weights is set .* not for y"),
         ("{method: slerp, base: b, targets: [x, y]}", {}, "slerp goes from the base to one other model"),
         ("{method: slerp, base: b, targets: [b]}", {}, "slerp takes 1 to 2 targets, got 0"),
         ("{merge_method: ties, base_model: b, models: [{model: b, parameters: {weight: 1}}, x]}", {}, "does not use"),
