@@ -98,6 +98,8 @@ def _guarded(call: Callable[[], Any]) -> int:
             return _fail(f"the disk is full ({error.filename or error}); free space and run the command again", 1)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return _fail(f"no permission: {error.filename or error}; choose another directory", 2)
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG) and error.filename:
+            return _fail(f"{error.filename}: {os.strerror(error.errno).lower()}; choose another path", 2)
         raise
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)

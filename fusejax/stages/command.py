@@ -1,6 +1,6 @@
 """What a command returns, and how the commands that take a configuration read it."""
 
-__all__ = ["Result", "parse_config", "parser"]
+__all__ = ["Result", "parse_config", "parser", "positive_int"]
 
 import argparse
 from typing import Any, NamedTuple
@@ -27,6 +27,17 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     return made
+
+
+def positive_int(word: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    try:
+        value = int(word)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 1")
+    return value
 
 
 def parse_config(name: str, words: list[str], description: str) -> RunConfig:

@@ -5,13 +5,14 @@ __all__ = ["command", "evaluate_run", "score_texts"]
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from fusejax.config import ModelRef
 from fusejax.data.corpus import Document, read_corpus
-from fusejax.data.readers import read_documents
+from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
 from fusejax.evaluation import DocumentScore, Evaluation, by_domain, ensemble_evaluations, evaluate_documents
 from fusejax.io.manifest import MANIFEST, read_manifest, write_json
@@ -21,7 +22,7 @@ from fusejax.io.store import Record, RecordReader, RecordWriter
 from fusejax.io.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from fusejax.report import markdown_table
 from fusejax.stages.capture import scorer
-from fusejax.stages.command import Result, parser
+from fusejax.stages.command import Result, parser, positive_int
 from fusejax.stages.context import Run, finished
 
 
@@ -32,16 +33,17 @@ def score_texts(
     check_vocabulary(tokenizer, model.config.vocab_size, str(model.directory))
     score = scorer(model, top_k=0, valid_vocab=tokenizer.vocab_size)
     context = min(context, model.config.max_positions)
-    with progress(f"evaluate {label}", total=sum(len(text.encode()) for text in texts), unit="bytes") as bar:
-        found = evaluate_documents(
+    encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    total = sum(len(encoded[text].labels) for text in texts if text)
+    with progress(f"evaluate {label}", total=total, unit="tokens") as bar:
+        return evaluate_documents(
             lambda *arrays: score(*arrays)[0],
-            tokenizer,
+            SimpleNamespace(encode=encoded.__getitem__),
             texts,
             context=context,
             batch_size=max(1, batch_tokens // context),
+            on_batch=bar.update,
         )
-        bar.update(found.n_bytes)
-    return found
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
@@ -124,12 +126,18 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument("--model", required=True, help="Hugging Face directory, fusejax checkpoint, or hub name")
     arguments.add_argument("--data", required=True, help="JSONL with {'text': ...}, parquet or folder of text")
     arguments.add_argument("--text-field", default="text", help="field that holds the text")
-    arguments.add_argument("--context", type=int, default=2048, help="tokens per window; cut to the model's limit")
-    arguments.add_argument("--batch-tokens", type=int, default=16384, help="tokens per forward call")
-    arguments.add_argument("--limit", type=int, help="documents to read")
+    arguments.add_argument(
+        "--context", type=positive_int, default=2048, help="tokens per window; cut to the model's limit"
+    )
+    arguments.add_argument("--batch-tokens", type=positive_int, default=16384, help="tokens per forward call")
+    arguments.add_argument("--limit", type=positive_int, help="documents to read")
     given = arguments.parse_args(words)
     path = resolve_model(given.model)
-    texts = [d.text for d in read_documents(given.data, text_field=given.text_field, limit=given.limit)]
+    counts = ReadCounts()
+    rows = read_documents(given.data, text_field=given.text_field, limit=given.limit, counts=counts)
+    texts = [document.text for document in rows]
+    if not texts:
+        raise InputError(f"{given.data} holds no document with text ({counts.empty} empty ones): nothing to evaluate")
     found = score_texts(
         open_model(path),
         load_tokenizer(path),
@@ -144,6 +152,6 @@ def command(name: str, words: list[str]) -> Result:
         "tokens": found.tokens,
         "bytes": found.n_bytes,
         "documents": len(found.documents),
-        "empty_documents": found.empty,
+        "empty_documents": counts.empty,
     }
     return Result(data, json.dumps(data, indent=2))

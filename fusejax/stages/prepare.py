@@ -3,7 +3,9 @@
 __all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare", "sample_documents"]
 
 import dataclasses
+import importlib.metadata
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +28,7 @@ EMBEDDED = "embedded"  # as a path: text that the Python installation itself hol
 def prepare(run: Run) -> Manifest:
     """Makes the corpus of a run, or returns the manifest of the one that stands."""
     corpus = run.config.corpus
-    settings = {"corpus": corpus.model_dump(mode="json"), "seed": run.config.seed, "inputs": _inputs(corpus)}
+    settings = {"corpus": _described(corpus), "seed": run.config.seed}
     done = finished(run.corpus_dir, kind="corpus", settings=settings, parents={})
     if done:
         return done
@@ -97,13 +99,18 @@ def _select(
     }
     for name in ("train", "test"):
         if not cut[name]:
-            raise InputError(f"the {name} split is empty: give `corpus.{name}` or more documents in `corpus.train`")
+            counts = ", ".join(f"{len(found)} in {split}" for split, found in splits.items())
+            raise InputError(
+                f"the {name} split is empty (documents before the caps in bytes: {counts}). Give more documents in "
+                "`corpus.train`, `corpus.test` of its own, or larger `max_train_bytes` and `max_eval_bytes`"
+            )
     return cut, dropped
 
 
 def _read(sources: Iterable[TextSource]) -> list[Document]:
-    found = []
-    for source in sources:
+    found: list[Document] = []
+    taken: set[str] = set()
+    for number, source in enumerate(sources):
         if source.path == EMBEDDED:
             found += itertools.chain.from_iterable(embedded_documents(source.limit_bytes).values())
             continue
@@ -114,8 +121,12 @@ def _read(sources: Iterable[TextSource]) -> list[Document]:
             split=source.split,
             limit=source.limit,
         )
-        # Ids are unique within a source; the domain makes them so within the corpus.
-        found += [dataclasses.replace(d, id=f"{source.domain}/{d.id}", domain=source.domain) for d in documents]
+        for document in documents:
+            # Ids are unique within a source; its domain, else also its number, makes them so within the corpus.
+            name = f"{source.domain}/{document.id}"
+            name = f"{source.domain}:{number}/{document.id}" if name in taken else name
+            taken.add(name)
+            found.append(dataclasses.replace(document, id=name, domain=source.domain))
     return found
 
 
@@ -125,17 +136,32 @@ def embedded_documents(max_bytes: int) -> dict[str, list[Document]]:
     return embedded_corpus(max_bytes_per_domain=max_bytes)
 
 
-def _inputs(corpus: CorpusConfig) -> dict[str, str]:
-    """Checksums of the files that are read, so that an edited file makes a new corpus."""
-    found = {}
-    for source in (*corpus.train, *corpus.valid, *corpus.test):
-        path = Path(source.path)
-        if path.is_file():
-            found[source.path] = file_checksum(path)
-        elif path.is_dir():
-            listing = [(str(p.relative_to(path)), file_checksum(p)) for p in sorted(path.rglob("*")) if p.is_file()]
-            found[source.path] = fingerprint_of(listing)
-    return found
+def _described(corpus: CorpusConfig) -> dict[str, Any]:
+    """What determines the documents: the configuration, with what files hold in place of where they lie."""
+    described = corpus.model_dump(mode="json")
+    for name in ("train", "valid", "test"):
+        for entry in described[name]:
+            entry["path"] = _content(entry["path"])
+    return described
+
+
+def _content(source: str) -> str:
+    """The name and checksum of a file or folder (names become ids of documents); a hub name as it is."""
+    path = Path(source)
+    if source == EMBEDDED:
+        return f"{EMBEDDED}@{_installation()}"
+    if path.is_file():
+        return f"{path.name}@{file_checksum(path)}"
+    if path.is_dir():
+        listing = [(str(p.relative_to(path)), file_checksum(p)) for p in sorted(path.rglob("*")) if p.is_file()]
+        return f"folder@{fingerprint_of(listing)}"
+    return source
+
+
+def _installation() -> str:
+    """The Python and the packages whose text is embedded."""
+    found = sorted({(str(d.name), str(d.version)) for d in importlib.metadata.distributions()})
+    return fingerprint_of([sys.version, found])
 
 
 def sample_documents(documents: Iterable[Document]) -> list[Document]:

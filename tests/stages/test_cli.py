@@ -296,3 +296,19 @@ def test_the_module_is_the_command():
     from fusejax import __version__
 
     assert done.stdout.strip() == __version__
+
+
+def test_evaluate_says_what_it_cannot_use(place, capsys):
+    text = place / "text.jsonl"
+    text.write_text('{"text": ""}\n')
+    words = ("evaluate", "--model", place / "a", "--data", text)
+    _refused(capsys, "holds no document with text (1 empty ones)", *words)
+    for flag in ("--context", "--batch-tokens", "--limit"):
+        _refused(capsys, "no whole number of at least 1", *words, flag, "0")
+    text.write_text('{"text": ""}\n{"text": "a cat"}\n')
+    assert _json(capsys, *words, "--context", "8", "--batch-tokens", "8")["empty_documents"] == 1
+
+
+def test_a_file_in_the_place_of_a_directory(place, capsys):
+    _refused(capsys, "file exists", "prepare", place / "run.yaml", "--output", place / "train.jsonl")
+    _refused(capsys, "not a directory", "prepare", place / "run.yaml", "--output", place / "train.jsonl" / "x")
