@@ -44,7 +44,8 @@ def topk_from_logits(logits: Array, k: int, *, temperature: float = 1.0, valid_v
     z = logits[..., :vocab].astype(jnp.float32) / temperature
     z = z - z.max(axis=-1, keepdims=True)
     # Without the barrier XLA merges the slices below into the selection, and on CPU falls back to a whole sort (60x).
-    values, ids = jax.lax.optimization_barrier(tuple(jax.lax.top_k(z, k)))
+    # One barrier each: a barrier around both makes XLA abort on a mesh (TopkDecomposer, jaxlib 0.10).
+    values, ids = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(z, k))
     last, at = values[..., -1:], ids[..., -1:]
     columns = jnp.arange(vocab)
     outside = (z < last) | ((z == last) & (columns > at))  # top_k breaks ties by the lower id
