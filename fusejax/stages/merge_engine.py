@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
 
 from fusejax.errors import InputError
-from fusejax.io.stream_read import ArrayTensor, ModelTensors, StoredTensor, dtype_of
+from fusejax.io.stream_read import ArrayTensor, FileTensor, ModelTensors, StoredTensor, dtype_of
 from fusejax.io.stream_write import Staging, TensorWriter
 from fusejax.merging import MERGE_METHODS, merge_leaf
 from fusejax.merging.plan import MergePlan, TensorMerge, TensorRef
@@ -29,7 +30,7 @@ from fusejax.merging.registry import resolve
 from fusejax.merging.vocabulary import align_rows
 from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, energies, is_chunked, nonfinite, prepare
 
-__all__ = ["NONFINITE", "Made", "carry_out"]
+__all__ = ["NONFINITE", "Made", "carry_out", "gathers_rows"]
 
 NONFINITE = ("error", "skip-tensor")
 
@@ -70,8 +71,11 @@ def carry_out(
             tick(run.size(name))
     todo = sorted((s for s in plan.tensors if s.output not in made), key=lambda s: -run.size(s.output))
 
+    host = _host_device() if mesh is None else None
+
     def work(step: TensorMerge) -> None:
-        found = run.make(step)
+        with jax.default_device(host) if host else contextlib.nullcontext():
+            found = run.make(step)
         staging.mark(step.output, **found._asdict())
         made[step.output] = found
 
@@ -89,6 +93,14 @@ def carry_out(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return {step.output: made[step.output] for step in plan.tensors}
+
+
+def _host_device() -> Any:
+    """The host's own device, where there is an accelerator too: chunks are not worth a transfer."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 class _Run:
@@ -128,7 +140,9 @@ class _Run:
     def _inputs(self, step: TensorMerge, refs: list[TensorRef]) -> Iterator[list[StoredTensor]]:
         """The input tensors, of one shape and dtype."""
         tensors = [self._models[ref.model].tensors[ref.name] for ref in refs]
-        aligned = step.vocabulary and bool(self._plan.rows)
+        aligned = gathers_rows(self._plan, step)
+        if not aligned and step.vocabulary and self._plan.rows:
+            tensors = [_first_rows(tensor, len(self._plan.tokens)) for tensor in tensors]
         dtypes = {tensor.dtype for tensor in tensors}
         if not aligned and len(dtypes) == 1:
             yield tensors
@@ -246,6 +260,21 @@ class _Run:
             units[step.output] = unit
             sums[unit] = sums.get(unit, 0) + energy
         self._energies = {name: sums[unit] for name, unit in units.items()}
+
+
+def gathers_rows(plan: MergePlan, step: TensorMerge) -> bool:
+    """Returns whether a tensor's rows are looked up by token; the first rows in their order are read as they lie."""
+    if not (step.vocabulary and plan.rows):
+        return False
+    refs = [*([step.base] if step.base else []), *step.targets]
+    return any(not np.array_equal(plan.rows[ref.model], np.arange(len(plan.tokens))) for ref in refs)
+
+
+def _first_rows(tensor: StoredTensor, count: int) -> StoredTensor:
+    loaded = tensor.load()
+    if isinstance(loaded, FileTensor):
+        return loaded._replace(shape=(count, *loaded.shape[1:]))
+    return ArrayTensor(_read(loaded)[:count], loaded.where)
 
 
 class _NotFinite(Exception):

@@ -7,6 +7,7 @@ from fusejax.io.stream_read import dtype_of
 from fusejax.merging import MERGE_METHODS
 from fusejax.merging.registry import resolve
 from fusejax.stages.merge_chunks import is_chunked
+from fusejax.stages.merge_engine import gathers_rows
 from fusejax.stages.merge_files import Job
 
 __all__ = ["explain", "explanation_text"]
@@ -53,10 +54,13 @@ def _tensor(job: Job, step: Any) -> dict[str, Any]:
     stored = [job.models[ref.model].tensors[ref.name] for ref in refs]
     _, values = resolve(step.method, step.parameters, len(step.targets), step.base is not None)
     dtypes = [tensor.dtype for tensor in stored]
-    aligned = step.vocabulary and bool(job.plan.rows)
-    chunked = not aligned and len(set(dtypes)) == 1 and is_chunked(step.method, values, [*dtypes, step.dtype])
+    chunked = (
+        not gathers_rows(job.plan, step)
+        and len(set(dtypes)) == 1
+        and is_chunked(step.method, values, [*dtypes, step.dtype])
+    )
     shape = list(stored[0].shape)
-    if aligned:
+    if step.vocabulary and job.plan.rows:
         shape[0] = len(job.plan.tokens)
     size = sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in stored)
     passes = _PASSES.get(step.method, 1) if chunked else 1

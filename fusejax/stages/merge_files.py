@@ -97,6 +97,7 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     threads = options.threads or min(os.cpu_count() or 1, 8)
     with open_staging(out, identity) as staging:
+        _small_files(job, staging, shapes)  # first: what is wrong with them is found before hours of work
         writer = TensorWriter(staging.directory, shapes)
         try:
             with progress("merge", total=writer.total, unit="bytes") as bar:
@@ -108,7 +109,6 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
         finally:
             writer.close()
         record = _record(job, made, identity)
-        _small_files(job, staging, shapes)
         _reports(job, staging, made, record)
         if options.checkpoint:
             from fusejax.stages.merge_checkpoint import convert_in_place

@@ -8,7 +8,11 @@ import pytest
 
 from fusejax.io.hf import load_hf_model
 from fusejax.merging import merge_leaf
+from fusejax.merging.recipe import parse_recipe
 from fusejax.stages.merge import command
+from fusejax.stages.merge_files import Options, opened_job, perform
+from fusejax.stages.merge_recipes import read_recipes
+from tests.paths import ROOT
 from tests.stages.merge_toys import CONFIG, merge_words, read_model, tokenizer_json, write_family
 
 
@@ -143,6 +147,19 @@ out_dtype: bfloat16
     np.testing.assert_array_equal(found[name(1)], target[name(1)])
     half = merge_leaf("x", base["model.norm.weight"], [target["model.norm.weight"]], method="slerp", params={"t": 0.5})
     assert_same({"x": found["model.norm.weight"]}, {"x": half})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "merge").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_fusechat_run(models, tmp_path, path):
+    (read,) = read_recipes(path)
+    listed = parse_recipe(read)
+    names = dict.fromkeys([listed.base, *(s.model for piece in listed.slices for s in piece.sources)])
+    family = write_family(tmp_path, len(names) - 1)
+    places = dict(zip((name for name in names if name), family, strict=True))
+    with opened_job(read, places) as job:
+        record = perform(job, tmp_path / "out", Options(threads=1))
+    assert record["tensors"] == len(read_model(family[0]))
+    load_hf_model(tmp_path / "out")
 
 
 def test_slices_change_the_number_of_layers(models, tmp_path):
