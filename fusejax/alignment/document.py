@@ -94,25 +94,15 @@ def align_document(
             "the corpus has changed since the capture, so capture it again."
         )
     index = align_positions(source["byte_ends"], target.byte_ends)
-    stored = TopK(source["topk_ids"], source["topk_logprobs"], source["residual_logprob"])
-    moved = transport(stored, index, vocab_map, max_entries=max_entries)
     first = None
     if opening is not None:
         first = opening(source["labels"], source["byte_ends"], target.labels, target.byte_ends, index)
-    if first is not None:
-        row, table = first
-        only = transport(
-            stored, index[row : row + 1], vocab_map._replace(symbol_of_source=table), max_entries=max_entries
-        )
-        for whole, part in zip(moved, only, strict=True):
-            whole[row] = part[0]
-    status = np.where((moved.ids >= 0).any(axis=1), ALIGNED, DROPPED).astype(np.int8)
+    stored = TopK(source["topk_ids"], source["topk_logprobs"], source["residual_logprob"])
+    moved = _transported(stored, index, vocab_map, first, max_entries)
     kept = _kept(stored, moved, index)
+    status = np.where((moved.ids >= 0).any(axis=1), ALIGNED, DROPPED).astype(np.int8)
     if conditioner is not None:
-        found = conditioner(source, target.byte_ends, index, entries=moved.ids.shape[1])
-        for whole, part in zip(moved, found.topk, strict=True):
-            whole[found.rows] = part
-        status[found.rows] = np.where((found.topk.ids >= 0).any(axis=1), CONDITIONED, DROPPED)
+        _condition(moved, status, conditioner, source, target.byte_ends, index)
     report = report_document(
         source["labels"],
         target.labels,
@@ -126,25 +116,15 @@ def align_document(
         doc_id=doc_id,
         opening=first,
     )
-    realised = np.asarray(source["realised_logprob"])
-    arrays = {
-        "tokens": np.asarray(target.tokens, np.int32),
-        "labels": np.asarray(target.labels, np.int32),
-        "byte_ends": np.asarray(target.byte_ends, np.int32),
-        "ids": moved.ids,
-        "logprobs": moved.logprobs.astype(dtype),
-        "residual_logprob": moved.residual_logprob.astype(dtype),
-        "status": status,
-        "source_byte_ends": np.asarray(source["byte_ends"], np.int32),
-        "source_realised": realised,
-    }
+    arrays = _record_arrays(source, target, moved, status, dtype)
     if chain:
         symbols = np.asarray(vocab_map.symbol_of_target)[arrays["labels"]]
-        found = chain_logprobs(realised, index, arrays["byte_ends"], needed=symbols != arrays["labels"])
+        needed = symbols != arrays["labels"]
+        found = chain_logprobs(source["realised_logprob"], index, arrays["byte_ends"], needed=needed)
         arrays["chain_logprob"] = np.where(status == ALIGNED, found, -np.inf).astype(dtype)
     header = {
         "n_bytes": target.n_bytes,
-        "source_nll_nats": float(-realised.astype(np.float64).sum()),
+        "source_nll_nats": float(-np.asarray(source["realised_logprob"], np.float64).sum()),
         "aligned": report.aligned,
         "conditioned": report.conditioned,
         "dropped": report.dropped,
@@ -171,6 +151,46 @@ def chain_logprobs(source_realised: Array, source_index: Array, target_ends: Arr
         both = needed[:-1] & (index[:-1] >= 0) & (index[1:] >= 0) & (ends[1:] > ends[:-1])
         chains[:-1][both] = before[index[1:][both]] - before[index[:-1][both]]
     return chains
+
+
+def _transported(
+    stored: TopK, index: Array, vocab_map: VocabMap, first: tuple[int, Array] | None, max_entries: int | None
+) -> TopK:
+    """The distributions of the aligned positions; the document's opening by its own names."""
+    moved = transport(stored, index, vocab_map, max_entries=max_entries)
+    if first is not None:
+        row, table = first
+        names = vocab_map._replace(symbol_of_source=table)
+        only = transport(stored, index[row : row + 1], names, max_entries=max_entries)
+        for whole, part in zip(moved, only, strict=True):
+            whole[row] = part[0]
+    return moved
+
+
+def _condition(
+    moved: TopK, status: Array, conditioner: Conditioner, source: Mapping[str, Array], ends: Array, index: Array
+) -> None:
+    """Fills positions inside a source token, in place."""
+    found = conditioner(source, ends, index, entries=moved.ids.shape[1])
+    for whole, part in zip(moved, found.topk, strict=True):
+        whole[found.rows] = part
+    status[found.rows] = np.where((found.topk.ids >= 0).any(axis=1), CONDITIONED, DROPPED)
+
+
+def _record_arrays(
+    source: Mapping[str, Array], target: Encoding, moved: TopK, status: Array, dtype: str
+) -> dict[str, Array]:
+    return {
+        "tokens": np.asarray(target.tokens, np.int32),
+        "labels": np.asarray(target.labels, np.int32),
+        "byte_ends": np.asarray(target.byte_ends, np.int32),
+        "ids": moved.ids,
+        "logprobs": moved.logprobs.astype(dtype),
+        "residual_logprob": moved.residual_logprob.astype(dtype),
+        "status": status,
+        "source_byte_ends": np.asarray(source["byte_ends"], np.int32),
+        "source_realised": np.asarray(source["realised_logprob"]),
+    }
 
 
 def _kept(stored: TopK, moved: TopK, index: Array) -> Array:
