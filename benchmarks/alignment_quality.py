@@ -56,7 +56,7 @@ PAIRS = (
     ("bert-uncased", "llama2"),
 )
 CHINESE = (("llama2", "gpt-neox-20b"), ("qwen2", "llama3"))
-PARITY_BYTES = 80_000
+PARITY_BYTES = 40_000
 Encoded = list[tuple[EncodedDocument, EncodedDocument]]
 
 
@@ -237,11 +237,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(rows: list[dict[str, Any]], json_file: Path | None, markdown_file: Path | None) -> None:
+    """Writes what has been measured so far."""
+    for path in filter(None, (json_file, markdown_file)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if markdown_file:
+        heading = "# Alignment quality\n\n`python benchmarks/alignment_quality.py`; per cent unless said otherwise.\n\n"
+        markdown_file.write_text(heading + markdown(rows), encoding="utf-8")
+    if json_file:
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
+        json_file.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--bytes", type=int, default=60_000, help="of test text per corpus")
+    parser.add_argument("--bytes", type=int, default=40_000, help="of test text per corpus")
     parser.add_argument("--pairs", help="target:source,...; default: all")
     given = parser.parse_args()
     if not DATA.is_dir():
@@ -253,16 +265,8 @@ def main() -> None:
     for pair, corpora in work:
         rows.append(measure(pair, corpora, given.bytes))
         print(json.dumps(rows[-1]), flush=True)
-    table = markdown(rows)
-    print(table)
-    if given.markdown:
-        given.markdown.parent.mkdir(parents=True, exist_ok=True)
-        heading = "# Alignment quality\n\n`python benchmarks/alignment_quality.py`; per cent unless said otherwise.\n\n"
-        given.markdown.write_text(heading + table, encoding="utf-8")
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        given.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write(rows, given.json, given.markdown)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
