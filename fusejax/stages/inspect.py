@@ -1,4 +1,4 @@
-"""inspect: what an artefact or a model directory holds, without loading weights."""
+"""inspect: what an artefact or a model directory holds, without loading weights; its records as parquet."""
 
 __all__ = ["command"]
 
@@ -8,20 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from fusejax.data.interchange import export_parquet
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, read_manifest
 from fusejax.io.models import open_config
 from fusejax.io.store import RecordReader
 from fusejax.stages.command import Result, parser
 
-_STORED = ("captured", "aligned", "fused")
+_STORED = ("captured", "aligned", "fused", "scores")
 
 
 def command(name: str, words: list[str]) -> Result:
-    """`fusejax inspect DIR [--record N]`."""
+    """`fusejax inspect DIR [--record N] [--to-parquet FILE]`."""
     arguments = parser(name, "Show the manifest of an artefact, one of its records, or a model's configuration.")
     arguments.add_argument("directory", type=Path, help="artefact or model directory")
     arguments.add_argument("--record", type=int, help="also show this record of a distribution store, from 0")
+    arguments.add_argument("--to-parquet", type=Path, metavar="FILE", help="also write all its records as parquet")
     given = arguments.parse_args(words)
     if not given.directory.is_dir():
         raise InputError(f"no directory at {given.directory}")
@@ -33,9 +35,12 @@ def command(name: str, words: list[str]) -> Result:
     else:
         data = read_manifest(given.directory)._asdict()
         data["total_bytes"] = sum(entry["bytes"] for entry in data["files"].values())
+    if (given.record is not None or given.to_parquet) and data["kind"] not in _STORED:
+        raise InputError(f"{given.directory} is a {data['kind']!r} artefact; records are in {', '.join(_STORED)}")
+    if given.to_parquet:
+        data["parquet"] = {"file": str(given.to_parquet)}
+        data["parquet"]["rows"] = export_parquet(RecordReader(given.directory), given.to_parquet)
     if given.record is not None:
-        if data["kind"] not in _STORED:
-            raise InputError(f"{given.directory} is a {data['kind']!r} artefact; records are in {', '.join(_STORED)}")
         reader = RecordReader(given.directory)
         if not 0 <= given.record < len(reader):
             raise InputError(f"record {given.record} of {len(reader)} in {given.directory}")
