@@ -44,7 +44,23 @@ class ModelRef(_Config):
     name: str = Field(
         default="", description="Short name in tables and directories; default: the last part of `model`."
     )
-    revision: str | None = Field(default=None, description="Revision of a hub name.")
+    revision: str | None = Field(
+        default=None, description="Revision of a hub name; of a served model a label that sets its weights apart."
+    )
+    backend: Literal["auto", "jax", "torch", "openai"] = Field(
+        default="auto",
+        description="What computes a source. auto: a server where `url` is given, JAX for the architectures that "
+        "fusejax knows, else torch (the extra `torch`).",
+    )
+    url: str | None = Field(
+        default=None,
+        description="Address of a vLLM or SGLang server, as http://localhost:8000/v1; `model` is then its name on the "
+        "server and the directory or hub name of its tokenizer. A key is read from FUSEJAX_API_KEY.",
+        pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$",  # a password in an address would be stored with the run
+    )
+    trust_remote_code: str | None = Field(
+        default=None, description="Run the code in the model's directory; must repeat `model`. torch only."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +79,15 @@ class ModelRef(_Config):
         if not re.match(_NAME, name):
             raise ValueError(f"{name!r} is no plain name (letters, digits, '_', '.', '-'); give `name`")
         return name
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> "ModelRef":
+        needed = {"openai": True, "jax": False, "torch": False}.get(self.backend)
+        if needed is not None and needed != (self.url is not None):
+            raise ValueError(f"backend {self.backend!r} and url {self.url!r} do not go together")
+        if self.trust_remote_code not in (None, self.model):
+            raise ValueError(f"trust_remote_code must repeat `model` ({self.model!r}), got {self.trust_remote_code!r}")
+        return self
 
 
 class TextSource(_Config):

@@ -34,7 +34,8 @@ FENCES = {
     "flax": ("fusejax.models.llama",),
     "optax": ("fusejax.train",),
     "orbax": ("fusejax.io.checkpoint",),
-    "transformers": ("fusejax.io", "fusejax.data"),
+    # the torch backend runs models by their transformers class
+    "transformers": ("fusejax.io", "fusejax.data", "fusejax.sources.backends_torch"),
     "tokenizers": ("fusejax.io", "fusejax.data"),
     "sentencepiece": ("fusejax.io", "fusejax.data"),
     "google": ("fusejax.io", "fusejax.data"),
@@ -48,7 +49,7 @@ FENCES = {
     "matplotlib": ("fusejax.report",),
     "tensorboardX": ("fusejax.train",),
     "lm_eval": ("fusejax.evaluation",),
-    "torch": ("fusejax.sources",),
+    "torch": ("fusejax.sources.backends_torch",),
     "tensorflow": (),
 }
 FORBIDDEN_STDLIB = {"pickle", "shelve", "marshal"}
