@@ -50,13 +50,14 @@ def score(tokens, labels, positions, segment_ids):
     return realised, TopK(order[..., :ENTRIES].astype(np.int32), ranked[..., :ENTRIES], residual)
 
 
-def capture(directory: Path) -> None:
-    """What the capture stage does, shard by shard."""
+def capture(directory: Path, *, pause: float = 0.0) -> None:
+    """What the capture stage does, shard by shard, with a pause before each in seconds."""
     texts = documents()
     writer = RecordWriter(directory, kind="captured", settings={"k": ENTRIES}, shard_size=SHARD_SIZE, codec="compact")
     for shard in range(-(-DOCUMENTS // SHARD_SIZE)):
         if writer.has(shard):
             continue
+        time.sleep(pause)
         part = texts[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         writer.seek(shard)
         captured = capture_shard(score, part, top_k=ENTRIES, context=16, batch_tokens=64)
@@ -71,18 +72,22 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def main(root: Path, kills: int) -> None:
-    start = time.monotonic()
     capture(root / "whole")
-    seconds = time.monotonic() - start
     whole, chance = contents(root / "whole"), random.Random(5)
     left, same, finished = [], 0, 0
     for number in range(kills):
         directory = root / f"cut{number}"
         child = os.fork()
         if not child:
-            capture(directory)
-            os._exit(0)
-        time.sleep(chance.uniform(0, seconds))
+            try:
+                capture(directory, pause=0.003)
+            finally:
+                os._exit(0)
+        # Wait for progress and not for a time, so that a busy machine is hit at the same points.
+        shards = chance.randrange(DOCUMENTS // SHARD_SIZE)
+        while len(list(directory.glob("*.array_record"))) < shards:
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, 0.006))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         finished += (directory / "manifest.json").is_file()
