@@ -17,13 +17,20 @@ class Result(NamedTuple):
     exit_code: int = 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are: not `None`, and not `False` of a switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """An argument parser for one command; `--json` is taken before it sees the words."""
     made = argparse.ArgumentParser(
         prog=f"fusejax {name}",
         description=description,
         epilog="--json prints one JSON object as the last line of standard output.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     return made

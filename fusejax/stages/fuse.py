@@ -99,7 +99,7 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
     window = np.minimum(window, scores.shape[1] - 1)
     reached = np.stack([record.arrays["status"] > 0 for record in records])  # [S, N]
     positions = np.arange(len(window))
-    stacked = {field: np.stack([record.arrays[field] for record in records]) for field in _TARGET_FIELDS}
+    stacked = {field: _stacked([record.arrays[field] for record in records]) for field in _TARGET_FIELDS}
     choice = choose_min(scores)[window]  # [N]
     if fusion.method == "min_ce":
         fields = {field: array[choice, positions][:, None] for field, array in stacked.items()}
@@ -117,6 +117,15 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
         fields = _with_chains(fields, chains, first["labels"], partition_row=len(records))
     kept = {name: first[name] for name in ("tokens", "labels", "byte_ends")}
     return kept | fields | {"mask": np.ones(len(window), np.int8)}
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks sources; a vocabulary smaller than top_k has fewer entries, the others are unused (-1, -inf)."""
+    if arrays[0].ndim == 1:
+        return np.stack(arrays)
+    width = max(array.shape[1] for array in arrays)
+    unused = -1 if arrays[0].dtype == np.int32 else -np.inf
+    return np.stack([np.pad(a, [(0, 0), (0, width - a.shape[1])], constant_values=unused) for a in arrays])
 
 
 def _with_chains(

@@ -39,7 +39,7 @@ def check_lineage(run: Run, fusion: FusionConfig) -> None:
 def _check_link(child: Path, key: str, parent: Path, stage: str) -> None:
     if not (child / MANIFEST).is_file() or not (parent / MANIFEST).is_file():
         return
-    if read_manifest(child).parents.get(key) != read_manifest(parent).fingerprint:
+    if read_manifest(child).parents.get(key) not in (None, read_manifest(parent).fingerprint):
         raise InputError(
             f"{child} was made from another {key} than {parent} holds now; run `fusejax {stage}` and what follows"
         )
