@@ -147,7 +147,7 @@ def theirs(
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     try:
-        return run([tool, str(path), str(out), "-j", "1", "--no-write-model-card"])
+        return run(["env", "OMP_NUM_THREADS=1", tool, str(path), str(out), "-j", "1", "--no-write-model-card"])
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
