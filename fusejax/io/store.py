@@ -37,6 +37,7 @@ from fusejax.io.store_record import Record, pack_record, record_length, unpack_r
 _SUFFIX = ".array_record"
 _PLAN = "unfinished.json"
 _LENGTHS = "lengths.npy"
+_OPEN_SHARDS = 64
 
 
 def _shard_name(index: int) -> str:
@@ -234,13 +235,16 @@ class RecordReader:
             if found != expected:
                 raise InputError(f"{path} has {found} bytes, {MANIFEST} says {expected}; make the artefact again")
         self._paths = [self.directory / name for name in names]
-        self._readers: list[Any] = [None] * len(names)
-        self._ends = np.cumsum([self._open(i).num_records() for i in range(len(names))], dtype=np.int64)
+        # A corpus may have thousands of shards, a process may not open as many files.
+        self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(lambda shard: _open_shard(self._paths[shard]))
+        self._ends = self._count_records()
 
-    def _open(self, shard: int) -> Any:
-        if self._readers[shard] is None:
-            self._readers[shard] = _open_shard(self._paths[shard])
-        return self._readers[shard]
+    def _count_records(self) -> np.ndarray:
+        """Records up to the end of each shard: all but the last are full, so only that one is opened."""
+        counts = np.full(len(self._paths), self.manifest.settings["shard_size"], np.int64)
+        if len(counts):
+            counts[-1] = self._open(len(counts) - 1).num_records()
+        return np.cumsum(counts)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

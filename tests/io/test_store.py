@@ -1,5 +1,6 @@
 """The record store: round trip, resume with the same bytes, and damage that is found and named."""
 
+import os
 import shutil
 
 import numpy as np
@@ -122,3 +123,19 @@ def test_another_kind_is_refused(tmp_path):
 def test_objects_are_refused():
     with pytest.raises(ValueError, match="dtype"):
         pack_record(Record("a", {}, {"x": np.array([object()])}))
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """A million documents make thousands of shards."""
+    resource = pytest.importorskip("resource")
+    records = list(_records(150))
+    _write(tmp_path / "a", records, shard_size=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, used + 100), hard))
+    try:
+        reader = RecordReader(tmp_path / "a")
+        assert [record.doc_id for record in reader] == [record.doc_id for record in records]
+        _same(reader[0], records[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
