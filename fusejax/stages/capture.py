@@ -1,6 +1,6 @@
 """capture: run every source over the training text and keep its top-k distributions (artefact A1)."""
 
-__all__ = ["capture", "capture_identity", "open_writer", "scorer"]
+__all__ = ["capture", "capture_identity", "describe", "scorer"]
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from fusejax.io.store import Record, RecordWriter
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.sources.capture import capture_shard, record_of
+from fusejax.sources.open import Source, describe_source, open_source
 from fusejax.stages.context import Run, finished
 
 
@@ -56,10 +57,22 @@ def capture(run: Run) -> dict[str, Manifest]:
     return {name: _capture_one(run, name, ref) for name, ref in run.participants.items()}
 
 
-def capture_identity(run: Run, ref: ModelRef) -> tuple[dict[str, Any], dict[str, str]]:
+def describe(run: Run, ref: ModelRef) -> Source:
+    """What computes a source of a run, and what identifies it."""
+    return describe_source(
+        run.model_path(ref),
+        name=ref.model,
+        backend=ref.backend,
+        url=ref.url,
+        revision=ref.revision,
+        trust_remote_code=ref.trust_remote_code,
+    )
+
+
+def capture_identity(run: Run, ref: ModelRef, source: Source) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and parents of a source's artefact: what determines its content."""
     options = run.config.capture
-    context = min(options.context, _limit(run, ref))
+    context = min(options.context, source.max_positions or options.context)
     settings = {
         "split": "train",
         "top_k": options.top_k,
@@ -70,55 +83,51 @@ def capture_identity(run: Run, ref: ModelRef) -> tuple[dict[str, Any], dict[str,
         "tokenizer": run.tokenizer(ref).fingerprint,
     }
     corpus = read_manifest(run.corpus_dir, kind="corpus")
-    return settings, {"corpus": corpus.fingerprint, "model": run.fingerprint(ref)}
+    return settings, {"corpus": corpus.fingerprint, "model": source.fingerprint}
 
 
-def open_writer(run: Run, name: str, ref: ModelRef) -> RecordWriter:
-    """The writer of a source's artefact; it keeps the shards that are in place."""
-    settings, parents = capture_identity(run, ref)
-    options = run.config.capture
-    return RecordWriter(
-        run.captured_dir(name),
-        kind="captured",
-        settings=settings,
-        parents=parents,
-        shard_size=options.shard_size,
-        codec=options.codec,
-    )
+def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Callable[..., Any], int]:
+    """The function that scores a source, and the number that its rows must be a multiple of."""
+    tokenizer, options = run.tokenizer(ref), run.config.capture
+    if source.vocab_size is not None:
+        check_vocabulary(tokenizer, source.vocab_size, str(source.directory))
+    sizes = {"top_k": min(options.top_k, tokenizer.vocab_size), "valid_vocab": tokenizer.vocab_size}
+    if source.backend == "jax":
+        model, mesh = run.model(ref, compute_dtype=options.compute_dtype), run.config.mesh.model_dump()
+        return scorer(model, **sizes, mesh=mesh), _row_multiple(mesh)
+    return open_source(source, **sizes, context=context, compute_dtype=options.compute_dtype), 1
 
 
 def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
-    options = run.config.capture
-    settings, parents = capture_identity(run, ref)
-    directory = run.captured_dir(name)
-    stored = settings | {"shard_size": options.shard_size}
-    if done := finished(directory, kind="captured", settings=stored, parents=parents):
+    options, source, directory = run.config.capture, describe(run, ref), run.captured_dir(name)
+    settings, parents = capture_identity(run, ref, source)
+    context, shard_size = settings["context"], options.shard_size
+    if done := finished(directory, kind="captured", settings=settings | {"shard_size": shard_size}, parents=parents):
         return done
     run.replace_stale(directory)
     tokenizer = run.tokenizer(ref)
     if note := probe_tokenizer(tokenizer):
         say(f"capture {name}: {note}")
-    model = run.model(ref, compute_dtype=options.compute_dtype)
-    check_vocabulary(tokenizer, model.config.vocab_size, str(run.model_path(ref)))
+    score, row_multiple = _open(run, ref, source, context=context)
     documents = read_corpus(run.corpus_dir, "train")
-    writer = open_writer(run, name, ref)
-    top_k, mesh = min(options.top_k, tokenizer.vocab_size), run.config.mesh.model_dump()
-    score = scorer(model, top_k=top_k, valid_vocab=tokenizer.vocab_size, mesh=mesh)
-    shards = range(-(-len(documents) // options.shard_size))
+    writer = RecordWriter(
+        directory, kind="captured", settings=settings, parents=parents, shard_size=shard_size, codec=options.codec
+    )
+    shards = range(-(-len(documents) // shard_size))
     missing = [shard for shard in shards if not writer.has(shard)]
     start = time.monotonic()
     with progress(f"capture {name}", total=sum(document.n_bytes for document in documents), unit="bytes") as bar:
-        bar.start_at(sum(_bytes(documents, s, options.shard_size) for s in shards if s not in set(missing)))
+        bar.start_at(sum(_bytes(documents, s, shard_size) for s in shards if s not in set(missing)))
         for number in missing:
-            shard = documents[number * options.shard_size : (number + 1) * options.shard_size]
+            shard = documents[number * shard_size : (number + 1) * shard_size]
             encoded = tokenizer.encode_batch([document.text for document in shard])
             captured = capture_shard(
                 score,
                 encoded,
-                top_k=top_k,
-                context=settings["context"],
+                top_k=min(options.top_k, tokenizer.vocab_size),
+                context=context,
                 batch_tokens=settings["batch_tokens"],
-                row_multiple=_row_multiple(mesh),
+                row_multiple=row_multiple,
             )
             writer.seek(number)
             for document, tokens, found in zip(shard, encoded, captured, strict=True):
@@ -130,9 +139,3 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
 
 def _bytes(documents: Any, shard: int, size: int) -> int:
     return sum(documents[i].n_bytes for i in range(shard * size, min((shard + 1) * size, len(documents))))
-
-
-def _limit(run: Run, ref: ModelRef) -> int:
-    from fusejax.io.models import open_config
-
-    return open_config(run.model_path(ref)).max_positions

@@ -16,7 +16,7 @@ from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, SCHEMA_VERSION, Manifest, fingerprint_of, read_manifest
 from fusejax.io.progress import say
 from fusejax.io.store import damaged_records, reopen, shard_index
-from fusejax.stages.capture import capture_identity
+from fusejax.stages.capture import capture_identity, describe
 from fusejax.stages.context import Run
 from fusejax.stages.run import STAGES
 
@@ -97,7 +97,8 @@ def _remove_bad_shards(run: Run, directory: Path, bad: Mapping[str, str]) -> str
     name = directory.name
     if name not in run.participants:
         raise InputError(f"{run.directory / 'config.yaml'} has no source {name!r}, of which {directory} is the capture")
-    settings, parents = capture_identity(run, run.participants[name])
+    ref = run.participants[name]
+    settings, parents = capture_identity(run, ref, describe(run, ref))
     shard_size = run.config.capture.shard_size
     stored = settings | {"shard_size": shard_size}
     identity = {"kind": "captured", "settings": stored, "parents": parents, "schema": SCHEMA_VERSION}
