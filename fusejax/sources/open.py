@@ -106,7 +106,7 @@ def open_source(
     top_k: int,
     valid_vocab: int,
     context: int,
-    compute_dtype: str = "float32",
+    compute_dtype: str | None = None,
     endpoint: Endpoint | None = None,
 ) -> Score:
     """Returns the function that scores a source: `[B, T]` int32 arrays -> (realised logprob, `TopK` or None).
@@ -116,7 +116,8 @@ def open_source(
         top_k: entries per position; 0 for none.
         valid_vocab: the tokenizer's size; ids from there on get no probability.
         context: positions in the longest window.
-        compute_dtype: of activations; a server chooses its own.
+        compute_dtype: of activations; None: that of the model's configuration (jax) or float32 (torch). A server
+            chooses its own.
         endpoint: how the server is asked; by default with a patience that suits long captures.
 
     Raises:
@@ -127,7 +128,7 @@ def open_source(
             open_model(source.directory, compute_dtype=compute_dtype), top_k=top_k, valid_vocab=valid_vocab
         )
     if source.backend == "torch":
-        model = load_torch_model(source.directory, dtype=compute_dtype, run_its_code=source.run_its_code)
+        model = load_torch_model(source.directory, dtype=compute_dtype or "float32", run_its_code=source.run_its_code)
         return torch_score(model, top_k=top_k, valid_vocab=valid_vocab)
     endpoint = endpoint or Endpoint(source.url or "", api_key=os.environ.get(_API_KEY))
     served = ask_models(endpoint, source.name)
