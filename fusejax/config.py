@@ -164,8 +164,12 @@ class CaptureConfig(_Config):
 class AlignConfig(_Config):
     """Carrying distributions to the target's tokenizer."""
 
-    vocabulary: Literal["coarse", "exact"] = Field(
-        default="coarse", description="Common symbols, or identical spellings."
+    positions: Literal["bytes", "dtw"] = Field(
+        default="bytes", description="Pair positions by bytes, or tokens by dynamic time warping as in the papers."
+    )
+    vocabulary: Literal["coarse", "exact", "min_ed", "statistics"] = Field(
+        default="coarse",
+        description="Common symbols, identical spellings, least edit distance (FuseLLM), or counts (FuseChat).",
     )
     conditioned: bool = Field(
         default=False, description="Also supervise positions inside a source token, conditioned on the bytes read."
@@ -176,6 +180,16 @@ class AlignConfig(_Config):
     calibration_bytes: int = Field(
         default=2_000_000, ge=0, description="Text on which coarse symbols that disagree are joined; 0: none are."
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AlignConfig":
+        if self.positions == "dtw" and self.vocabulary == "coarse":
+            raise ValueError("positions dtw needs vocabulary exact, min_ed or statistics; coarse symbols need bytes")
+        if self.positions == "bytes" and self.vocabulary == "statistics":
+            raise ValueError("vocabulary statistics counts tokens that were aligned as strings: set positions dtw")
+        if self.positions == "dtw" and (self.chain or self.conditioned):
+            raise ValueError("chain and conditioned need positions bytes")
+        return self
 
 
 class FusionConfig(_Config):
@@ -192,6 +206,9 @@ class FusionConfig(_Config):
     )
     include_target: bool = Field(default=False, description="The target's own start distribution takes part (FuseLLM).")
     temperature: float = Field(default=1.0, gt=0, description="Of avg_ce's softmax over negative scores.")
+    reward: Literal["score", "exp"] = Field(
+        default="score", description="avg_ce weighs by softmax of -score, or of exp(-score) as in the papers."
+    )
 
 
 class LossConfig(_Config):

@@ -7,18 +7,22 @@ two tokenizers on a text, which needs no model.
 __all__ = ["align", "command"]
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fusejax.alignment import Conditioner, Opening, align_document, summary
+from fusejax.alignment import AlignedDocument, Conditioner, Opening, align_document, summary
+from fusejax.config import AlignConfig
 from fusejax.data.corpus import read_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
 from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader, RecordWriter
-from fusejax.io.tokenizers import Tokenizer, load_tokenizer
+from fusejax.io.tokenizers import EncodedDocument, Tokenizer, load_tokenizer
+from fusejax.stages.align_papers import min_ed_vocabulary_map, parity_of
 from fusejax.stages.command import Result, parser
 from fusejax.stages.compare import compare_tokenizers, first_bytes, vocabulary_map, write_alignment_page
 from fusejax.stages.context import Run, finished
@@ -39,7 +43,8 @@ def _align_one(run: Run, name: str) -> Manifest:
     _check_tokenizer(reader.manifest, source, name)
     dtype, shard_size = run.config.capture.dtype, run.config.capture.shard_size
     options = run.config.align
-    settings = options.model_dump(mode="json") | {"target_tokenizer": target.fingerprint, "dtype": dtype}
+    settings = options.model_dump(mode="json") | {"target_tokenizer": target.fingerprint}
+    settings["codec"] = codec = run.config.capture.codec
     parents = {"captured": reader.manifest.fingerprint}
     directory = run.aligned_dir(name)
     stored = settings | {"shard_size": shard_size}
@@ -52,36 +57,60 @@ def _align_one(run: Run, name: str) -> Manifest:
     if len(documents) != len(reader):
         counts = f"{len(reader)} documents, the corpus {len(documents)}"
         raise InputError(f"{reader.directory} holds {counts}; capture it again")
-    sample = first_bytes([document.text for document in documents], options.calibration_bytes)
-    vocab_map = vocabulary_map(options.vocabulary, source, target, sample)
-    opening = Opening(source, target, vocab_map) if options.vocabulary == "coarse" else None
-    conditioner = _conditioner(reader, source, target, vocab_map) if options.conditioned else None
-    writer = RecordWriter(directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size)
+    vocab_map, align_record = _method(options, reader, source, target, [document.text for document in documents], dtype)
+    writer = RecordWriter(
+        directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size, codec=codec
+    )
     np.savez(directory / VOCABULARY, **vocab_map._asdict())
-    reports, start = [], time.monotonic()
+    reports, fallbacks, start = [], 0, time.monotonic()
     with progress(f"align {name}", total=len(reader), unit="documents") as bar:
         for first in range(0, len(documents), shard_size):
             shard = documents[first : first + shard_size]
             texts = [document.text for document in shard]
             for offset, encoded in enumerate(target.encode_batch(texts)):
                 record = reader[first + offset]
-                aligned = align_document(
-                    record.arrays,
-                    encoded,
-                    vocab_map,
-                    n_bytes=int(record.header["n_bytes"]),
-                    dtype=dtype,
-                    exact=encoded.exact,
-                    doc_id=record.doc_id,
-                    opening=opening,
-                    conditioner=conditioner,
-                    chain=options.chain,
-                )
+                aligned = align_record(record, encoded)
                 reports.append(aligned.report)
+                fallbacks += aligned.header.get("one_hot", 0)
                 if first + offset >= writer.resume_at:
                     writer.write(Record(record.doc_id, aligned.header, aligned.arrays))
             bar.update(len(shard))
-    return writer.finish(facts=summary(reports) | {"seconds": time.monotonic() - start})
+    facts = summary(reports) | ({"one_hot": fallbacks} if options.positions == "dtw" else {})
+    return writer.finish(facts=facts | {"seconds": time.monotonic() - start})
+
+
+def _method(
+    options: AlignConfig, reader: RecordReader, source: Tokenizer, target: Tokenizer, texts: list[str], dtype: str
+) -> tuple[VocabMap, Callable[[Record, EncodedDocument], AlignedDocument]]:
+    """The vocabulary map, and what aligns one document; a tokenizer with itself needs neither strings nor counts."""
+    name = options.vocabulary
+    if source.fingerprint == target.fingerprint:
+        name = name if name == "coarse" else "exact"
+    elif options.positions == "dtw":
+        parity = parity_of(name, source, target, reader, texts, batch=256)
+        return parity.vocab_map, partial(parity.align, dtype=dtype)
+    if name == "min_ed":
+        vocab_map = min_ed_vocabulary_map(source, target)
+    else:
+        vocab_map = vocabulary_map(name, source, target, first_bytes(texts, options.calibration_bytes))
+    opening = Opening(source, target, vocab_map) if name == "coarse" else None
+    conditioner = _conditioner(reader, source, target, vocab_map) if options.conditioned else None
+
+    def align_record(record: Record, encoded: EncodedDocument) -> AlignedDocument:
+        return align_document(
+            record.arrays,
+            encoded,
+            vocab_map,
+            n_bytes=int(record.header["n_bytes"]),
+            dtype=dtype,
+            exact=encoded.exact,
+            doc_id=record.doc_id,
+            opening=opening,
+            conditioner=conditioner,
+            chain=options.chain,
+        )
+
+    return vocab_map, align_record
 
 
 def _conditioner(reader: RecordReader, source: Tokenizer, target: Tokenizer, vocab_map: VocabMap) -> Conditioner:

@@ -22,6 +22,7 @@ from fusejax.alignment import (
 )
 from fusejax.alignment.details import alignment_details
 from fusejax.io.manifest import write_json
+from fusejax.io.maps import kept_map
 from fusejax.io.tokenizers import EncodedDocument, Tokenizer
 from fusejax.report.alignment import build_alignment_report
 from fusejax.types import Array, VocabMap
@@ -58,7 +59,7 @@ def vocabulary_map(method: str, source: Tokenizer, target: Tokenizer, sample: Se
     """Returns the map of a method; the coarse alphabet calibrated on a sample of text (none: as it is)."""
     if method == "exact":
         return exact_map(source, target)
-    vocab_map = coarse_map(source, target)
+    vocab_map = kept_map("coarse", source, target, lambda: coarse_map(source, target))
     if not sample or source.fingerprint == target.fingerprint:
         return vocab_map
     pairs = [

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from fusejax.alignment.parity.fusion import window_metric
 from fusejax.config import FusionConfig
 from fusejax.distributions.weighing import (
     choose_min,
     softmin_weights,
-    token_ce_scores,
     window_bits_per_byte,
     window_of_bytes,
 )
@@ -47,6 +47,7 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
     parents = {name: reader.manifest.fingerprint for name, reader in zip(names, readers, strict=True)}
     directory = run.fused_dir(fusion.name)
     shard_size = run.config.capture.shard_size
+    settings["codec"] = run.config.capture.codec
     stored = settings | {"shard_size": shard_size}
     if done := finished(directory, kind="fused", settings=stored, parents=parents):
         return done
@@ -54,7 +55,9 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
     count = len(readers[0])
     if any(len(reader) != count for reader in readers):
         raise InputError(f"aligned sources hold {[len(r) for r in readers]} documents; run `fusejax align` again")
-    writer = RecordWriter(directory, kind="fused", settings=settings, parents=parents, shard_size=shard_size)
+    writer = RecordWriter(
+        directory, kind="fused", settings=settings, parents=parents, shard_size=shard_size, codec=settings["codec"]
+    )
     tables = [load_partition(run.aligned_dir(name)) for name in names]
     if all(reader.manifest.settings.get("chain") for reader in readers):
         tables.append(np.arange(tables[0].size, dtype=tables[0].dtype))  # the chains' partition: every token alone
@@ -108,7 +111,8 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
     else:
         fields = {field: np.moveaxis(array, 0, 1) for field, array in stacked.items()}
         partition = np.where(reached, np.arange(len(records))[:, None], -1).T
-        weights = softmin_weights(scores, temperature=fusion.temperature)[:, window].T * (partition >= 0)
+        ranked = scores if fusion.reward == "score" else -np.exp(-scores)
+        weights = softmin_weights(ranked, temperature=fusion.temperature)[:, window].T * (partition >= 0)
         weights = (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).astype(np.float32)
     fields |= {"partition": partition.astype(np.int32), "weights": weights}
     if all("chain_logprob" in record.arrays for record in records):
@@ -155,8 +159,7 @@ def _scores(records: Sequence[Record], fusion: FusionConfig, n_bytes: int) -> np
     rows = []
     for record in records:
         ends, realised = record.arrays["source_byte_ends"], record.arrays["source_realised"]
-        bits = window_bits_per_byte(ends, realised, n_bytes, window_bytes=fusion.window_bytes)
-        if fusion.score == "token_ce":
-            bits = token_ce_scores(realised, max(len(bits), 1))
-        rows.append(bits if len(bits) else np.zeros(1))
+        score = window_metric if fusion.score == "token_ce" else window_bits_per_byte
+        found = score(ends, realised, n_bytes, window_bytes=fusion.window_bytes)
+        rows.append(found if len(found) else np.zeros(1))
     return np.stack(rows)

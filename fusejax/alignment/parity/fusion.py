@@ -28,6 +28,7 @@ __all__ = [
     "rewards",
     "sequence_metric",
     "token_metric",
+    "window_metric",
 ]
 
 BF16 = ml_dtypes.bfloat16
@@ -58,6 +59,30 @@ def token_metric(realised: Array, warp: Warp) -> Array:
     """
     total = np.concatenate([[0.0], np.cumsum(-np.asarray(realised, np.float64))])
     return (total[warp.last + 1] - total[warp.first]) / (warp.last - warp.first + 1)
+
+
+def window_metric(byte_ends: Array, realised: Array, n_bytes: int, *, window_bytes: int | None) -> Array:
+    """Mean nats per own token over windows of the text: blocks, or with `window_bytes=1` single tokens.
+
+    Args:
+      byte_ends: [n] int, bytes read at each source position, ascending; realised: [n] nats.
+      n_bytes: bytes of the document.
+      window_bytes: bytes per window; None: one window, the document.
+
+    Returns:
+      [W] float64, W at least 1; every token counts in the windows it overlaps, a last one without bytes (eos) in the
+      last window; NaN where there is none.
+    """
+    total = np.concatenate([[0.0], np.cumsum(-np.asarray(realised, np.float64))])
+    width = max(n_bytes if window_bytes is None else window_bytes, 1)
+    edges = np.minimum(np.arange(max(-(-n_bytes // width), 1) + 1, dtype=np.int64) * width, n_bytes)
+    starts = np.asarray(byte_ends, np.int64)
+    stops = np.append(starts[1:], n_bytes)
+    first = np.searchsorted(stops, edges[:-1], side="right")
+    last = np.searchsorted(starts, edges[1:], side="left")
+    first[0], last[-1] = 0, starts.size
+    count = np.maximum(last - first, 0)
+    return np.where(count > 0, (total[first + count] - total[first]) / np.maximum(count, 1), np.nan)
 
 
 def rewards(metrics: Array, *, reference_bugs: bool = False) -> Array:

@@ -14,6 +14,7 @@ from fusejax.alignment.parity.fusion import (
     rewards,
     sequence_metric,
     token_metric,
+    window_metric,
 )
 from fusejax.alignment.parity.split import pack_rows, split_text
 from fusejax.errors import InputError
@@ -29,6 +30,16 @@ def test_levels():
     assert block_metric([2.0, 1.0], [3, 1]) == 1.75
     beside = Warp(np.array([0, 1, 2, 2]), np.array([0, 2, 2, 2]), 0)
     assert token_metric(realised, beside).tolist() == [1.0, 2.5, 3.0, 3.0]
+
+
+def test_windows():
+    """Tokens predict bytes 0-2, 2-5, 5-6 and eos; windows of three bytes."""
+    ends, realised = np.array([0, 2, 5, 6]), np.array([-1.0, -2.0, -4.0, -8.0])
+    assert window_metric(ends, realised, 6, window_bytes=None).tolist() == [15 / 4]
+    assert window_metric(ends, realised, 6, window_bytes=3).tolist() == [1.5, 14 / 3]
+    assert window_metric(ends, realised, 6, window_bytes=1).tolist() == [1, 1, 2, 2, 2, 6]
+    assert np.isnan(window_metric(ends + 3, realised, 9, window_bytes=3)[0])
+    assert window_metric(np.array([0]), realised[:1], 0, window_bytes=4).tolist() == [1.0]
 
 
 def test_min_ce():

@@ -1,5 +1,7 @@
 """Vocabulary maps, the rules of the three generations, and what the mended mode does otherwise."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -170,20 +172,35 @@ def test_bytes_spell_every_tokenizer_alike():
     assert StringAligner(byte_level, pieces)(np.array([3, 0, 2]), np.array([0, 4, 2])).cost == 0
 
 
-def test_maps_are_kept_by_fingerprints(tmp_path):
+class Named(NamedTuple):
+    fingerprint: str
+    special_roles: dict
+    token_bytes: tuple = ()
+
+    def encode_continuation(self, fragments, /):
+        raise NotImplementedError
+
+
+def test_maps_are_kept_by_tokenizers(tmp_path):
     made = []
 
     def make() -> VocabMap:
         made.append(1)
         return VocabMap(np.array([0, -1], np.int32), np.array([0], np.int32))
 
-    first = kept_map("min_ed", "a", "b", make, directory=tmp_path / "maps")
-    again = kept_map("min_ed", "a", "b", make, directory=tmp_path / "maps")
-    assert len(made) == 1 and again.symbol_of_source.tolist() == first.symbol_of_source.tolist() == [0, -1]
-    kept_map("min_ed", "b", "a", make, directory=tmp_path / "maps")
-    (file, _) = sorted((tmp_path / "maps").iterdir())
+    def kept(a, b, directory="maps", **options):
+        options = {"worth_seconds": 0.0} | options
+        return kept_map("min_ed", a, b, make, directory=tmp_path / directory, **options)
+
+    a, b = Named("a", {}), Named("b", {})
+    assert kept(a, b, worth_seconds=60.0).symbol_of_source.tolist() == [0, -1]
+    assert not (tmp_path / "maps").exists()
+    first, again = kept(a, b), kept(a, b)
+    assert len(made) == 2 and again.symbol_of_source.tolist() == first.symbol_of_source.tolist() == [0, -1]
+    (file,) = (tmp_path / "maps").iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    kept_map("min_ed", "a", "b", make, directory=tmp_path / "maps")
+    kept(a, b), kept(b, a), kept(a, b._replace(special_roles={"eos": 1}))
+    assert len(made) == 5
     (tmp_path / "file").write_text("")
-    kept_map("min_ed", "a", "b", make, directory=tmp_path / "file" / "maps")
-    assert len(made) == 4
+    kept(a, b, "file/maps")
+    assert len(made) == 6
