@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusejax.alignment import event_groups
-from fusejax.config import FusionConfig
+from fusejax.config import FusionConfig, load_config
 from fusejax.data.corpus import read_corpus
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
@@ -42,7 +42,8 @@ def capture_by_hand(run, name):
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
-    config = make_config(root, align={"conditioned": True, "chain": True}, merge=None, fusions=FUSIONS)
+    switches = {"align": {"conditioned": True, "chain": True}, "capture": {"codec": "float32", "shard_size": 8}}
+    config = make_config(root, **switches, merge=None, fusions=FUSIONS)
     shutil.rmtree(root / "a")
     make_model(root / "a", kind="byte_bpe", seed=3, vocab_size=290)  # cuts words that the target knows
     run = Run(config)
@@ -136,8 +137,8 @@ def test_without_chains_nothing_is_added(finished_run):
     assert plain["ids"].shape[1] == 1 and plain["weights"].sum(1).max() == 1
 
 
-def test_conditioning_needs_the_coarse_alphabet(finished_run, tmp_path):
-    config = make_config(tmp_path, align={"conditioned": True, "vocabulary": "exact"})
-    config = config.model_copy(update={"output": str(finished_run)})
+def test_conditioning_needs_the_coarse_alphabet(finished_run):
+    config = load_config(finished_run / "config.yaml")
+    align = config.align.model_copy(update={"vocabulary": "exact", "chain": False})
     with pytest.raises(InputError, match="needs vocabulary 'coarse'"):
-        run_stages(config, ("align",))
+        run_stages(config.model_copy(update={"align": align}), ("align",))
