@@ -10,6 +10,7 @@ nothing else: not of the order of the tensors, the mesh, nor whether the layers 
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from fusejax.merging.average import weighted_sum
@@ -90,22 +91,17 @@ def _sum(vectors: Array, weights: Array, normalize: bool) -> Array:
     return weighted_sum(weights / jnp.sum(weights) if normalize else weights, vectors)
 
 
-def _even(density: Array, targets: Array) -> list[Array]:
-    density = jnp.asarray(density, targets.dtype)
-    return [density[j] for j in range(len(targets))]
+def _even(density: Array, targets: Array) -> Array:
+    return jnp.asarray(density, targets.dtype).reshape((-1,) + (1,) * (targets.ndim - 1))
 
 
-def _by_rank(differences: Array, density: Array, epsilon: Array) -> list[Array]:
-    """Probabilities to keep, of the shape of each task vector; equal magnitudes rank by their index."""
-    density, epsilon = (jnp.asarray(value, differences.dtype) for value in (density, epsilon))
-    last = max(differences.shape[-1] - 1, 1)
-    probabilities = []
-    for j, vector in enumerate(differences):
-        order = jnp.argsort(jnp.abs(_with_whole_rows(vector)), axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1, stable=True).astype(vector.dtype)
-        centred = 2 * rank / last - 1 if differences.shape[-1] > 1 else jnp.zeros_like(rank)
-        probabilities.append(density[j] + epsilon[j] * centred)
-    return probabilities
+def _by_rank(differences: Array, density: Array, epsilon: Array) -> Array:
+    """Probabilities to keep, [J, ...]; within a row they rise with the magnitude, equal ones rank by their index."""
+    order = jnp.argsort(jnp.abs(_with_whole_rows(differences)), axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True).astype(differences.dtype)
+    last = differences.shape[-1] - 1
+    centred = 2 * rank / last - 1 if last else jnp.zeros_like(rank)
+    return _even(density, differences) + _even(epsilon, differences) * centred
 
 
 def _with_whole_rows(vector: Array) -> Array:
@@ -116,21 +112,21 @@ def _with_whole_rows(vector: Array) -> Array:
     return jax.sharding.reshard(vector, PartitionSpec(*sharding.spec[:-1], None))
 
 
-def _dropped(vectors: Array, key: Array, keep: list[Array], rescale: bool, variant: str) -> Array:
+def _dropped(vectors: Array, key: Array, keep: Array, rescale: bool, variant: str) -> Array:
     """Keeps each element with its probability, and enlarges what is kept if `rescale`."""
-    results = []
     typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-    for j, (vector, probability) in enumerate(zip(vectors, keep, strict=True)):
-        draw = jax.random.uniform(jax.random.fold_in(typed, j), vector.shape, jnp.float32)
-        kept = draw < probability
-        if not rescale:
-            results.append(jnp.where(kept, vector, 0))
-        elif variant == "paper":
-            results.append(jnp.where(kept, vector / jnp.where(probability == 0, 1, probability), 0))
-        else:
-            remaining = jnp.where(kept, vector, 0)
-            before, after = jnp.sum(jnp.abs(vector)), jnp.sum(jnp.abs(remaining))
-            # Nothing dropped must change nothing, whatever order the two sums were taken in.
-            factor = jnp.where((after == 0) | jnp.all(kept), 1, before / jnp.where(after == 0, 1, after))
-            results.append(remaining * factor)
-    return jnp.stack(results)
+
+    def draw(j: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(typed, j), vectors.shape[1:], jnp.float32)
+
+    kept = lax.map(draw, jnp.arange(len(vectors))) < keep  # one after another: the program stays small
+    if rescale and variant == "paper":
+        return jnp.where(kept, vectors / jnp.where(keep == 0, 1, keep), 0)
+    remaining = jnp.where(kept, vectors, 0)
+    if not rescale:
+        return remaining
+    axes = tuple(range(1, vectors.ndim))
+    before, after = (jnp.sum(jnp.abs(x), axis=axes, keepdims=True) for x in (vectors, remaining))
+    # Nothing dropped must change nothing, whatever order the two sums were taken in.
+    whole = (after == 0) | jnp.all(kept, axis=axes, keepdims=True)
+    return remaining * jnp.where(whole, 1, before / jnp.where(after == 0, 1, after))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import jax.numpy as jnp
+from jax import lax
 
 from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.merging.selection import largest_mask
@@ -56,7 +57,7 @@ def ties(
     Returns:
       [...] float32, the merged matrix.
     """
-    vectors = jnp.stack([_trim(target - base, share, rescale) for target, share in zip(targets, density, strict=True)])
+    vectors = _trim(targets - base, density, rescale)
     return base + scale * consensus(vectors, jnp.asarray(weights, base.dtype), normalize)
 
 
@@ -108,28 +109,33 @@ def consensus(vectors: Array, weights: Array, normalize: bool) -> Array:
     return merged / jnp.where(norm == 0, 1, norm)
 
 
-def _trim(vector: Array, density: float, rescale: bool) -> Array:
-    """Keeps the largest elements of one task vector."""
-    if density >= 1:
-        return vector
-    trimmed = jnp.where(largest_mask(vector, max(1, _share(density, vector.size))), vector, 0)
+def _trim(vectors: Array, density: Sequence[float], rescale: bool) -> Array:
+    """Keeps the largest elements of every task vector, at least one."""
+    if min(density) >= 1:
+        return vectors
+    size = vectors[0].size
+    trimmed = jnp.where(_largest(vectors, [max(1, _share(share, size)) for share in density]), vectors, 0)
     if not rescale:
         return trimmed
-    before, after = jnp.sum(jnp.abs(vector)), jnp.sum(jnp.abs(trimmed))
+    axes = tuple(range(1, vectors.ndim))
+    before, after = (jnp.sum(jnp.abs(x), axis=axes, keepdims=True) for x in (vectors, trimmed))
     return trimmed * jnp.where(after == 0, 1, before / jnp.where(after == 0, 1, after))
 
 
 def _between(base: Array, targets: Array, density: Sequence[float], gamma: Sequence[float]) -> Array:
     """Task vectors without their largest and smallest elements."""
-    results = []
-    for target, share, top in zip(targets, density, gamma, strict=True):
-        vector, kept = target - base, _share(share, base.size)
-        dropped = min(_share(top, base.size), base.size - kept)
-        mask = largest_mask(vector, dropped + kept)
-        if dropped:
-            mask &= ~largest_mask(vector, dropped)
-        results.append(jnp.where(mask, vector, 0))
-    return jnp.stack(results)
+    vectors, size = targets - base, base.size
+    kept = [_share(share, size) for share in density]
+    dropped = [min(_share(share, size), size - count) for share, count in zip(gamma, kept, strict=True)]
+    mask = _largest(vectors, [count + more for count, more in zip(kept, dropped, strict=True)])
+    if any(dropped):
+        mask &= ~_largest(vectors, dropped)
+    return jnp.where(mask, vectors, 0)
+
+
+def _largest(vectors: Array, counts: list[int]) -> Array:
+    """Marks the largest elements of every task vector, one after another: the program stays small."""
+    return lax.map(lambda row: largest_mask(*row), (lax.stop_gradient(vectors), jnp.array(counts, jnp.int32)))
 
 
 def _share(fraction: float, size: int) -> int:
