@@ -60,7 +60,7 @@ def plan_merge(recipe: Recipe, models: Mapping[str, ModelFacts]) -> MergePlan:
     _raise(problems)
     sliced = any(source.layers for piece in pieces for source in piece.sources)
     layers = sum(layer_count(piece, used) for piece in pieces) if sliced else None
-    if recipe.base and not any(step.base for step in tensors):
+    if recipe.base and not any(ref and ref.model == recipe.base for t in tensors for ref in (t.base, *t.targets)):
         notes.append(f"{recipe.method} does not use the base's parameters; its configuration and tokenizer are copied")
     rows, tokens = ({}, ()) if vocabulary is None else (vocabulary.rows, vocabulary.tokens)
     return MergePlan(tuple(tensors), names, names[0], layers, rows, tokens, recipe.base, tuple(dict.fromkeys(notes)))

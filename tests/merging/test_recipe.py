@@ -101,6 +101,7 @@ def test_the_base_among_the_models():
     assert all(step.targets == (TensorRef("x", step.output),) for step in plan(listed).tensors)
     linear = plan("{merge_method: linear, base_model: b, models: [b, x], tokenizer_source: base}")
     assert all(step.base is None and len(step.targets) == 2 for step in linear.tensors)
+    assert not linear.notes
     slerp = plan("{merge_method: slerp, base_model: b, models: [x, b], parameters: {t: 0.25}}")
     step = slerp.tensors[0]
     assert step.base and step.base.model == "b" and [ref.model for ref in step.targets] == ["x"]
