@@ -43,7 +43,9 @@ def level_1(implementation, logits, ids, g_lse, g_z):
 
 def level_2(implementation, hidden, head, labels, ids, logprobs, rest, weights):
     """The fused loss and its gradients in one pass."""
-    call = functools.partial(linear_fusion_loss, temperature=TEMPERATURE, implementation=implementation)
+    options = {"temperature": TEMPERATURE, "implementation": implementation}
+    options["chunk"] = chunk_tokens(hidden.shape[0], head.shape[1])  # that of an accelerator, not of this machine
+    call = functools.partial(linear_fusion_loss, **options)
     return jax.value_and_grad(lambda h, w: call(h, w, labels, ids, logprobs, rest, weights, weights)[0], (0, 1))(
         hidden, head
     )
@@ -61,10 +63,9 @@ def problem(shape: tuple[int, ...]) -> tuple:
     tokens, embed, vocab = shape
     ids, floats = s((tokens, K), jnp.int32), s((tokens,), "f")
     arrays = s((tokens, embed), jnp.bfloat16), s((embed, vocab), jnp.bfloat16), s((tokens,), jnp.int32)
-    chunk = chunk_tokens(tokens, vocab)
-    # The float32 gradient of the head (twice on TPU: XLA does not accumulate into the carry), a chunk of float32 logits
-    # and of bfloat16 dlogits, and the hidden states' gradient.
-    budget = 8 * embed * vocab + (4 + 2 + 4) * chunk * vocab + 4 * tokens * embed + 128 * MIB
+    # The float32 gradient of the head, a bfloat16 copy of the head, a chunk of float32 logits and bfloat16 dlogits, the
+    # hidden states' gradient.
+    budget = int(1.1 * ((4 + 2) * embed * vocab + (4 + 2) * chunk_tokens(tokens, vocab) * vocab + 4 * tokens * embed))
     return level_2, (*arrays, ids, s((tokens, K), "f"), floats, floats), budget
 
 

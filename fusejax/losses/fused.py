@@ -21,7 +21,13 @@ from jax.sharding import PartitionSpec as P
 from fusejax.errors import InputError
 from fusejax.losses.events import count_folded, expand_events
 from fusejax.types import EventGroups, FusionBatch, TopK
-from pallas_kernels.fused_softmax_kl import LinearOptions, Targets, linear_loss_and_gradients, merge_duplicates
+from pallas_kernels.fused_softmax_kl import (
+    LinearOptions,
+    Targets,
+    linear_loss_and_gradients,
+    merge_duplicates,
+    rest_floored,
+)
 
 __all__ = ["batch_fusion_loss"]
 
@@ -186,7 +192,7 @@ def _masks_and_weights(batch: FusionBatch, clm_weight: Any, fusion_weight: Any, 
     return (trained, kl_mask), jax.lax.stop_gradient((clm.astype(jnp.float32), kl.astype(jnp.float32)))
 
 
-def _metrics(out: tuple, folded: Array, masks: tuple, mixing: Array) -> dict[str, Array]:
+def _metrics(out: tuple, folded: Array, masks: tuple, mixing: Array, rest: Array) -> dict[str, Array]:
     clm, kl = out
     tokens = masks[0].sum(dtype=jnp.float32)
     supervised = masks[1].any(axis=-1).sum(dtype=jnp.float32)
@@ -196,6 +202,7 @@ def _metrics(out: tuple, folded: Array, masks: tuple, mixing: Array) -> dict[str
         "fusion_nats": fusion / jnp.maximum(supervised, 1.0),
         "tokens": tokens,
         "supervised_tokens": supervised,
+        "floored_rests": rest_floored(rest, masks[1]).sum(dtype=jnp.float32),
         "folded_events": jnp.where(masks[1].any(axis=-1), folded, 0).sum(dtype=jnp.float32),
     }
 
@@ -233,7 +240,7 @@ def batch_fusion_loss(
 
     Returns:
       (loss [] float32, metrics: float32 scalars `clm_nats` per trained token, `fusion_nats` per supervised token,
-      `tokens`, `supervised_tokens`, `folded_events`).
+      `tokens`, `supervised_tokens`, `folded_events`; `floored_rests`, the distributions whose rest is below the floor).
 
     Raises:
       InputError: sizes that the mesh cannot split; ValueError: options that cannot be used.
@@ -254,4 +261,4 @@ def batch_fusion_loss(
     groups = _put(groups, place, P())
     result: Any = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
     loss, out, folded = result
-    return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch.weights))
+    return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch.weights, batch.targets.residual_logprob))

@@ -21,6 +21,7 @@ from pallas_kernels.fused_softmax_kl.losses import (
     clm_nats,
     event_divergence,
     merge_duplicates,
+    rest_floored,
 )
 from pallas_kernels.fused_softmax_kl.tiling import chunk_tokens
 
@@ -40,4 +41,5 @@ __all__ = [
     "linear_loss_and_gradients",
     "lse_gather",
     "merge_duplicates",
+    "rest_floored",
 ]

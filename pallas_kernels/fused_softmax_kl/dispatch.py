@@ -20,7 +20,7 @@ from pallas_kernels.fused_softmax_kl import xla
 if TYPE_CHECKING:
     from pallas_kernels.fused_softmax_kl.primitive import Spec
 
-__all__ = ["IMPLEMENTATIONS", "check_implementation", "choose", "forward", "gradient"]
+__all__ = ["IMPLEMENTATIONS", "check_implementation", "choose", "forward", "gradient", "platform"]
 
 Array = jax.Array
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "mosaic_gpu")
@@ -39,11 +39,11 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.fused_softmax_kl.{name}")
 
 
-def _platform() -> str:
+def platform() -> str:
     """Returns the platform programs are made for by default: an abstract device's where one is set."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = jax.default_backend() if device is None else device.platform
-    return "cuda" if platform == "gpu" else platform
+    name = jax.default_backend() if device is None else device.platform
+    return "cuda" if name == "gpu" else name
 
 
 def choose(name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.dtype) -> str:
@@ -55,7 +55,7 @@ def choose(name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.
     check_implementation(name)
     if name in ("xla", "reference"):
         return "xla"
-    wanted = name or _KERNELS.get(_platform(), "xla")
+    wanted = name or _KERNELS.get(platform(), "xla")
     if wanted == "xla":
         return "xla"
     why = _backend(wanted).unsupported(tokens, vocab, gathered, dtype)
@@ -84,9 +84,9 @@ def _run(
 
     if spec.implementation is not None:
         return kernel(logits, ids, rest)
-    platform = next(p for p, name in _KERNELS.items() if name == backend)
+    target = next(p for p, name in _KERNELS.items() if name == backend)
     limits = () if limit is None else (jnp.asarray(limit, jnp.int32),)
-    return lax.platform_dependent(logits, ids, rest, *limits, default=portable, **{platform: kernel})
+    return lax.platform_dependent(logits, ids, rest, *limits, default=portable, **{target: kernel})
 
 
 def forward(logits: Array, ids: Array, limit: Array | int | None, spec: "Spec") -> tuple[Array, Array, Array]:

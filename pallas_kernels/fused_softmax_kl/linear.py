@@ -144,10 +144,17 @@ def _in_chunks(rows: _Chunk, size: int) -> _Chunk:
     return jax.tree.map(split, rows)
 
 
+def _chunk_size(tokens: int, vocab: int, options: LinearOptions) -> int:
+    on_cpu = dispatch.platform() == "cpu"
+    budget = tiling.CPU_LOGITS_BUDGET_BYTES if on_cpu else tiling.LOGITS_BUDGET_BYTES
+    itemsize = jnp.dtype(options.logits_dtype or jnp.float32).itemsize
+    return tiling.chunk_tokens(tokens, vocab, itemsize=itemsize, budget_bytes=budget)
+
+
 def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
     """Returns (TokenLosses, dhidden [T, D] or None, dhead float32 or None)."""
     tokens = rows.hidden.shape[0]
-    size = options.chunk or tiling.chunk_tokens(tokens, _vocab_local(head, options))
+    size = options.chunk or _chunk_size(tokens, _vocab_local(head, options), options)
     chunks = _in_chunks(rows, size)
 
     def body(dhead: Array | None, chunk: _Chunk) -> tuple:

@@ -33,6 +33,7 @@ __all__ = [
     "clm_nats",
     "event_divergence",
     "merge_duplicates",
+    "rest_floored",
     "segment_logsumexp",
 ]
 
@@ -83,7 +84,9 @@ def _segment_forward(z: Array, event: Array, slots: Array) -> tuple[Array, tuple
     member = event[:, None, :] == slots[:, None]
     top = jnp.where(member, z[:, None, :], -jnp.inf).max(axis=-1, initial=-jnp.inf)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
-    total = jnp.where(member, jnp.exp(z[:, None, :] - top[:, :, None]), 0.0).sum(axis=-1)
+    # One exponential per id, not one per id and event.
+    above = jnp.take_along_axis(top, jnp.maximum(event, 0), axis=-1, mode="clip")
+    total = jnp.where(member, jnp.exp(z - above)[:, None, :], 0.0).sum(axis=-1)
     out = jnp.log(total) + top
     return out, (z, event, out)
 
@@ -118,6 +121,11 @@ def _log_rest_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     slope = jnp.exp(jnp.minimum(x, 0.0)) / jnp.maximum(-jnp.expm1(x), REST_FLOOR)
     return _log_rest(x), -slope * jnp.where(slope > 0, dx, 0.0)
+
+
+def rest_floored(rest_logprob: Array, mask: Array) -> Array:
+    """Returns where a target's rest [T, M] (nats) is below `REST_FLOOR` and `mask` [T, M] is set: what to count."""
+    return mask & (jnp.where(mask, rest_logprob, 0.0) < jnp.log(REST_FLOOR))
 
 
 def merge_duplicates(ids: Array, event: Array, logprobs: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.fused_softmax_kl import REST_FLOOR, event_divergence, lse_gather, merge_duplicates
+from pallas_kernels.fused_softmax_kl import REST_FLOOR, event_divergence, lse_gather, merge_duplicates, rest_floored
 from tests.pallas_kernels import oracle
 
 FAST = settings(max_examples=10, deadline=None)
@@ -185,3 +185,10 @@ def test_reverse_kl_without_stored_rest_is_finite():
     logits, ids, logprobs, rest = _plain(oracle.random_case(8, rest=False))
     value, gradient = divergence(logits, ids, logprobs, rest, divergence="reverse_kl")
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
+
+
+def test_targets_with_hardly_any_rest_are_found():
+    rest = np.log(np.array([[0.5], [1e-7], [0.0], [1e-7]], np.float32) + np.float32(1e-30))
+    rest[2] = NEG
+    mask = np.array([[True], [True], [True], [False]])
+    assert rest_floored(jnp.asarray(rest), jnp.asarray(mask))[:, 0].tolist() == [False, True, True, False]
