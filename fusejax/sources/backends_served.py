@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusejax.errors import InputError
+from fusejax.sources.rows import spans
 from fusejax.types import TopK
 
 __all__ = ["Endpoint", "ServedModel", "ask_models", "prompt_scores", "served_score"]
@@ -120,7 +121,7 @@ def served_score(
     """Returns a function of (tokens, labels, positions, segment_ids), each `[B, T]`, that asks the server.
 
     It returns the log-probability `[B, T]` (nats) of each label and the `TopK` `[B, T, top_k]`, None if top_k is 0.
-    A row is one document from its start, then padding, whose results are 0 and empty.
+    Every segment of a row is a prompt; the results at padding are 0 and empty.
 
     Raises:
         InputError: from the function; see `Endpoint.request` and `prompt_scores`.
@@ -142,15 +143,13 @@ def served_score(
         realised, residual = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         ids = np.full((*shape, top_k), -1, np.int32)
         logprobs = np.full((*shape, top_k), -np.inf, np.float32)
-        lengths = [_row_length(segments, places) for segments, places in zip(segment_ids, positions, strict=True)]
-        rows = [row for row, length in enumerate(lengths) if length]
-        prompts = [[*tokens[row, : lengths[row]].tolist(), int(labels[row, lengths[row] - 1])] for row in rows]
+        found = spans(segment_ids, positions)
+        prompts = [[*tokens[row, start:stop].tolist(), int(labels[row, stop - 1])] for row, start, stop in found]
         with ThreadPoolExecutor(endpoint.workers) as pool:
-            for row, entries in zip(rows, pool.map(ask, prompts), strict=True):
-                n = lengths[row]
-                own, topk = prompt_scores(entries, labels[row, :n], top_k=top_k, valid_vocab=valid_vocab)
-                realised[row, :n], residual[row, :n] = own, topk.residual_logprob
-                ids[row, :n], logprobs[row, :n] = topk.ids, topk.logprobs
+            for (row, start, stop), entries in zip(found, pool.map(ask, prompts), strict=True):
+                at = row, slice(start, stop)
+                realised[at], topk = prompt_scores(entries, labels[at], top_k=top_k, valid_vocab=valid_vocab)
+                ids[at], logprobs[at], residual[at] = topk
         return realised, TopK(ids, logprobs, residual) if top_k else None
 
     return score
@@ -188,13 +187,6 @@ def prompt_scores(
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **options: Any) -> None:
         return None
-
-
-def _row_length(segments: np.ndarray, positions: np.ndarray) -> int:
-    length = int((segments > 0).sum())
-    if (segments[:length] != 1).any() or (positions[:length] != np.arange(length)).any():
-        raise ValueError("a served model reads one document per row, from its start")
-    return length
 
 
 def _from_vllm(answer: Any, prompt: Sequence[int]) -> list[Entry]:

@@ -1,7 +1,7 @@
 """Any other causal language model as a source, through `AutoModelForCausalLM` and torch (the extra `torch`).
 
-For architectures that fusejax does not compute itself. Rows hold one document from their start and are padded on
-the right, so that a causal model needs no mask. Logits are turned into the K likeliest tokens and the mass
+For architectures that fusejax does not compute itself. Every segment becomes a row of its own, padded on the right,
+so that a causal model needs no mask. Logits are turned into the K likeliest tokens and the mass
 outside on the device, in float32, a few rows of positions at a time. Weights are read from safetensors only.
 
 A model's own code runs only where the user has named the model in `trust_remote_code`, and from its directory.
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusejax.errors import InputError
+from fusejax.sources.rows import Span, spans
 from fusejax.types import TopK
 
 __all__ = ["load_torch_model", "torch_score"]
@@ -60,21 +61,21 @@ def torch_score(
     def score(
         tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray
     ) -> tuple[np.ndarray, TopK | None]:
-        if (segment_ids > 1).any() or ((positions != np.arange(tokens.shape[1])) & (segment_ids > 0)).any():
-            raise ValueError("a torch source reads one document per row, from its start")
-        used = np.flatnonzero((segment_ids > 0).any(axis=1))  # rows of padding only are not computed
-        device = model.device
+        found = spans(segment_ids, positions)
+        longest = max((stop - start for _, start, stop in found), default=1)
+        ids, targets = np.zeros((2, max(1, len(found)), longest), np.int64)
+        for i, (row, start, stop) in enumerate(found):
+            ids[i, : stop - start], targets[i, : stop - start] = tokens[row, start:stop], labels[row, start:stop]
         parts = []
         with torch.inference_mode():
-            ids = torch.as_tensor(np.asarray(tokens[used], np.int64), device=device)
-            targets = torch.as_tensor(np.asarray(labels[used], np.int64), device=device)
-            logits = model(ids, use_cache=False).logits
-            width = max(1, _CHUNK_ENTRIES // max(1, len(used) * logits.shape[-1]))
-            for start in range(0, tokens.shape[1], width):
+            logits = model(torch.as_tensor(ids, device=model.device), use_cache=False).logits
+            target = torch.as_tensor(targets, device=model.device)
+            width = max(1, _CHUNK_ENTRIES // (len(ids) * logits.shape[-1]))
+            for start in range(0, longest, width):
                 window = slice(start, start + width)
-                parts.append(_score_logits(torch, logits[:, window, :valid_vocab], targets[:, window], top_k))
-        joined = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
-        realised, kept, logprobs, residual = (_spread(part, used, len(tokens)) for part in joined)
+                parts.append(_score_logits(torch, logits[:, window, :valid_vocab], target[:, window], top_k))
+        joined = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        realised, kept, logprobs, residual = (_spread(part, found, tokens.shape) for part in joined)
         return realised, TopK(kept, logprobs, residual) if top_k else None
 
     return score
@@ -97,9 +98,11 @@ def _score_logits(torch: Any, logits: Any, targets: Any, top_k: int) -> tuple[np
     )
 
 
-def _spread(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    whole = np.zeros((count, *part.shape[1:]), part.dtype)
-    whole[rows] = part
+def _spread(part: np.ndarray, found: list[Span], shape: tuple[int, ...]) -> np.ndarray:
+    """Puts the rows of segments back where they were."""
+    whole = np.zeros((*shape, *part.shape[2:]), part.dtype)
+    for i, (row, start, stop) in enumerate(found):
+        whole[row, start:stop] = part[i, : stop - start]
     return whole
 
 

@@ -73,6 +73,20 @@ def test_without_top_k_only_the_realised_tokens_are_asked(sglang) -> None:
     np.testing.assert_allclose(realised[0], model.logprobs[1][labels[0]], atol=1e-6)
 
 
+def test_packed_documents_are_asked_one_by_one() -> None:
+    model = FakeModel(V)
+    ids = np.random.default_rng(0).integers(0, V, (1, 8)).astype(np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 0, 0]], np.int32)
+    with serving(model) as url:
+        realised, topk = score_of(url)(ids[:, :-1], ids[:, 1:], positions, segments)
+        with pytest.raises(ValueError, match="do not count from 0"):
+            score_of(url)(ids[:, :-1], ids[:, 1:], positions + 1, segments)
+    np.testing.assert_allclose(realised[0, :5], model.logprobs[ids[0, :5], ids[0, 1:6]], atol=1e-6)
+    assert sorted(len(request["prompt"]) for request in model.requests) == [3, 4]
+    assert (topk.ids[0, 5:] == -1).all()
+
+
 @pytest.mark.parametrize("fault", ["500", "busy", "cut", "html", "slow"])
 def test_a_server_that_recovers_is_asked_again(fault) -> None:
     model, docs = FakeModel(V), documents(1)

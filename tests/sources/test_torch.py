@@ -16,12 +16,11 @@ CFG = ModelConfig(48, 32, 40, 2, 4, 2, initializer_range=0.3, max_positions=32)
 
 
 def batch() -> tuple[np.ndarray, ...]:
-    """Two documents of different length and a row of padding."""
+    """A row of two packed documents, a shorter one, and a row of padding."""
     ids = np.random.default_rng(0).integers(0, 40, (3, 13)).astype(np.int32)
-    lengths = np.array([12, 7, 0])
-    segments = (np.arange(12) < lengths[:, None]).astype(np.int32)
-    positions = np.where(segments > 0, np.arange(12), 0).astype(np.int32)
-    return ids[:, :-1] * segments, ids[:, 1:] * segments, positions, segments
+    segments = np.array([[1] * 5 + [2] * 7, [1] * 7 + [0] * 5, [0] * 12], np.int32)
+    positions = np.array([[*range(5), *range(7)], [*range(7)] + [0] * 5, [0] * 12], np.int32)
+    return ids[:, :-1], ids[:, 1:], positions, segments
 
 
 @pytest.mark.parametrize("top_k", [0, 5, 60])
