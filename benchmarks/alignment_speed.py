@@ -98,10 +98,8 @@ def dtw_rows(data: Path, text: str) -> tuple[list[Row], float]:
     theirs = pieces(data / "tokenizers/mistral-v1", "▁")
     source_ids = source.encode(text, start=False, end=False).tokens[:TOKENS]
     target_ids = target.encode(text, start=False, end=False).tokens[:TOKENS]
-    strings = [
-        [vocabulary.pieces[i] or "" for i in ids] for vocabulary, ids in ((ours, source_ids), (theirs, target_ids))
-    ]
-    plain, wanted = least(lambda: plain_alignment(*strings, "Ġ", "▁"), 1)
+    read = [ours.pieces[i] or "" for i in source_ids], [theirs.pieces[i] or "" for i in target_ids]
+    plain, wanted = least(lambda: plain_alignment(read[0], read[1], "Ġ", "▁"), 1)
     cold, found = least(lambda: StringAligner(ours, theirs)(source_ids, target_ids))
     assert [list(range(a, b + 1)) for a, b in zip(found.first, found.last, strict=True)] == wanted
     aligner = StringAligner(ours, theirs)

@@ -76,7 +76,6 @@ def test_fusellm_alignment(pair):
     literal = literal_ids(source, target)
     aligner = StringAligner(source, target, generation="fusellm")
     start = 0 if golden["bbpe_first_token_rule"] else None
-    names = target.pieces
     assert len(golden["samples"]) == 24
     for sample in golden["samples"]:
         found = aligner(np.array(sample["src_ids"]), np.array(sample["base_ids"]))
@@ -93,10 +92,14 @@ def test_fusellm_alignment(pair):
             made = aligned_logits(ids, logits, choice, vocab_map, sample["base_ids"], generation="fusellm")
             wanted = sample[kind]
             assert made[1] == wanted["logits"], (sample["id"], kind)
-            if pair == "D":
-                continue
-            assert made[0] == wanted["ids"], (sample["id"], kind)
-    assert names
+            known = range(len(target.pieces)) if pair != "D" else set(golden_ids(golden))
+            for mine, theirs in zip(made[0], wanted["ids"], strict=True):
+                assert [i for i in mine if i in known] == [i for i in theirs if i in known], (sample["id"], kind)
+
+
+def golden_ids(golden: dict) -> list[int]:
+    """Ids whose strings the samples tell."""
+    return [index for sample in golden["samples"] for index in sample["base_ids"]]
 
 
 @pytest.mark.parametrize("pair", "EFGH")
@@ -172,11 +175,7 @@ def test_whole_min_ed_map():
     keys = [piece.replace(source.marker, target.marker) for piece in source.pieces]
     mapping = {key: target.pieces[index] for key, index in zip(keys, table, strict=True)}
     text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    digests = [
-        hashlib.sha256(x.encode()).hexdigest()
-        for x in (text, json.dumps(mapping, sort_keys=True, separators=(",", ":")))
-    ]
-    assert golden["full_mapping_sha256"] in digests
+    assert hashlib.sha256(text.encode()).hexdigest() == golden["full_mapping_sha256"]
 
 
 def test_packing():
