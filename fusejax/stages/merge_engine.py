@@ -2,8 +2,9 @@
 
 Workers take tensors from the plan, largest first, and write them at their final places; nothing waits for a whole
 model. The common methods need some megabytes per worker (`merge_chunks`); all others take whole matrices
-(`merge_leaf`), one tensor at a time, which was measured to need three float32 copies of the largest per input. With a mesh every tensor is laid over its devices by rows, each device
-reads only its part, and the pure functions run as one program over the mesh.
+(`merge_leaf`), one tensor at a time, and need about three float32 copies of the largest matrix per input. With a mesh
+every tensor is laid over its devices by rows, each device reads only its part, and the pure functions run as one
+program over the mesh.
 
 Whether values are finite is found out where they are read, not in a pass of its own: a NaN ends the merge with the
 names of tensor and file, and what was written so far lies in a temporary directory, which is removed.
