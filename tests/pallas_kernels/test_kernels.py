@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import LseGather, lse_gather
 from pallas_kernels.fused_softmax_kl import tiling
+from tests.pallas_kernels.compiled import quick_jit
 
 MOSAIC_GPU = pytest.mark.skipif(
     jax.__version_info__ < (0, 11) or not hasattr(plgpu, "InterpretGPUParams"),
@@ -48,7 +49,7 @@ def check(implementation, tokens, vocab, gathered, *, dtype=jnp.float32, **optio
     logits, ids, g_lse, g_z = problem(tokens, vocab, gathered, dtype=dtype, n=len(options.get("temperatures", (1.0,))))
     call = functools.partial(lse_gather, implementation=implementation, interpret=True, **options)
 
-    @jax.jit
+    @quick_jit
     def run(logits, ids, g_lse, g_z):
         out, pull = jax.vjp(lambda x: call(x, ids), logits)
         return out, pull(LseGather(g_lse, g_z))[0]
@@ -106,7 +107,7 @@ def test_rows_without_cotangent_and_rows_of_minus_infinity(implementation):
     logits = logits.at[1].set(jnp.nan).at[2].set(-jnp.inf).at[3, 4].set(jnp.inf)
     weights = jnp.ones(64).at[jnp.array([1, 3])].set(0.0)
 
-    @jax.jit
+    @quick_jit
     def run(x):
         def loss(x):
             out = lse_gather(x, jnp.asarray(ids), implementation=implementation, interpret=True)

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels.fused_softmax_kl import REST_FLOOR, event_divergence, lse_gather, merge_duplicates, rest_floored
 from tests.pallas_kernels import oracle
+from tests.pallas_kernels.compiled import quick_jit
 
 FAST = settings(max_examples=10, deadline=None)
 NEG = -np.inf
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "options"))
+@functools.partial(quick_jit, static_argnames=("temperature", "options"))
 def _divergence(logits, ids, event, logprobs, rest, temperature, options):
     def total(z):
         merged, merged_logprobs = merge_duplicates(ids, event, logprobs)
