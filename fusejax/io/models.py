@@ -25,8 +25,8 @@ class LoadedModel(NamedTuple):
     fingerprint: str
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
-    """Returns the directory of a model, downloading it where `model` is a hub name.
+def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
+    """Returns the directory of a model, downloading it (or all but its weights) where `model` is a hub name.
 
     Raises:
       InputError: no such directory, and no hub name that can be reached.
@@ -41,8 +41,9 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
 
     # The hub's own cache is made of links that leave the directory, which the importer refuses: plain files instead.
     place = cache_dir() / "hub" / f"{model.replace('/', '--')}@{revision or 'main'}"
+    patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES), local_dir=str(place)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_dir=str(place)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

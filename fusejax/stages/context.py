@@ -88,9 +88,9 @@ class Run:
 
     def model_path(self, ref: ModelRef) -> Path:
         """The directory of a model, downloaded first where it is a hub name."""
-        key = f"{ref.model}@{ref.revision}"
+        key = f"{ref.model}@{ref.revision}" + (" tokenizer" if ref.url else "")
         if key not in self._resolved:
-            self._resolved[key] = resolve_model(ref.model, revision=ref.revision)
+            self._resolved[key] = resolve_model(ref.model, revision=ref.revision, weights=ref.url is None)
         return self._resolved[key]
 
     def fingerprint(self, ref: ModelRef) -> str:

@@ -16,23 +16,25 @@ from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
 from fusejax.evaluation import DocumentScore, Evaluation, by_domain, ensemble_evaluations, evaluate_documents
 from fusejax.io.manifest import MANIFEST, read_manifest, write_json
-from fusejax.io.models import LoadedModel, open_model, resolve_model
+from fusejax.io.models import resolve_model
 from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader, RecordWriter
 from fusejax.io.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from fusejax.report import markdown_table
-from fusejax.stages.capture import scorer
+from fusejax.sources.open import Source, describe_source, open_source
+from fusejax.stages.capture import describe
 from fusejax.stages.command import Result, parser, positive_int
 from fusejax.stages.context import Run, finished
 
 
 def score_texts(
-    model: LoadedModel, tokenizer: Tokenizer, texts: Sequence[str], *, context: int, batch_tokens: int, label: str
+    source: Source, tokenizer: Tokenizer, texts: Sequence[str], *, context: int, batch_tokens: int, label: str
 ) -> Evaluation:
     """Scores every token of texts; [N] realised log-probabilities per document."""
-    check_vocabulary(tokenizer, model.config.vocab_size, str(model.directory))
-    score = scorer(model, top_k=0, valid_vocab=tokenizer.vocab_size)
-    context = min(context, model.config.max_positions)
+    if source.vocab_size is not None:
+        check_vocabulary(tokenizer, source.vocab_size, str(source.directory))
+    context = min(context, source.max_positions or context)
+    score = open_source(source, top_k=0, valid_vocab=tokenizer.vocab_size, context=context)
     encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     total = sum(len(encoded[text].labels) for text in texts if text)
     with progress(f"evaluate {label}", total=total, unit="tokens") as bar:
@@ -52,8 +54,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     domains = [document.domain for document in documents]
     table: dict[str, dict[str, float]] = {}
     fused: list[Evaluation] = []
-    for name, path in _models(run).items():
-        evaluation = _evaluate_one(run, name, path, documents)
+    for name, ref in _models(run).items():
+        evaluation = _evaluate_one(run, name, ref, documents)
         table[name] = by_domain(evaluation, domains)
         if name == "target" or name.startswith("source:"):
             fused.append(evaluation)
@@ -64,32 +66,31 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     return result
 
 
-def _models(run: Run) -> dict[str, Path]:
-    """Directories by the name in the table, in the table's order."""
+def _models(run: Run) -> dict[str, ModelRef]:
+    """Models by the name in the table, in the table's order."""
     config = run.config
-    found = {f"source:{source.name}": run.model_path(source) for source in config.sources}
-    found["target"] = run.model_path(config.target)
+    found = {f"source:{source.name}": source for source in config.sources}
+    found["target"] = config.target
     arms = (["clm"] if config.train.baseline else []) + [fusion.name for fusion in config.fusions]
     arms += ["merged"] if config.merge else []
     for arm in arms:
         if not (run.model_dir(arm) / MANIFEST).is_file():
             raise InputError(f"{run.model_dir(arm)} is not there: run `fusejax train` and `fusejax merge` first")
-        found[arm] = run.model_dir(arm)
+        found[arm] = ModelRef(model=str(run.model_dir(arm)), name=arm)
     return found
 
 
-def _evaluate_one(run: Run, name: str, path: Path, documents: Sequence[Document]) -> Evaluation:
+def _evaluate_one(run: Run, name: str, ref: ModelRef, documents: Sequence[Document]) -> Evaluation:
     """Scores the test split, or reads the scores of an earlier run of the same model."""
-    options = run.config.evaluate
-    ref = ModelRef(model=str(path), name="x")
-    settings = {"split": "test", "context": options.context, "tokenizer": load_tokenizer(path).fingerprint}
-    parents = {"corpus": read_manifest(run.corpus_dir).fingerprint, "model": run.fingerprint(ref)}
+    options, source = run.config.evaluate, describe(run, ref)
+    settings = {"split": "test", "context": options.context, "tokenizer": run.tokenizer(ref).fingerprint}
+    parents = {"corpus": read_manifest(run.corpus_dir).fingerprint, "model": source.fingerprint}
     directory = run.directory / "scores" / name.replace(":", "-")
     if not finished(directory, kind="scores", settings=settings | {"shard_size": 256}, parents=parents):
         run.replace_stale(directory)
         found = score_texts(
-            open_model(path),
-            load_tokenizer(path),
+            source,
+            run.tokenizer(ref),
             [document.text for document in documents],
             context=options.context,
             batch_tokens=max(options.batch_tokens, options.context),
@@ -139,7 +140,7 @@ def command(name: str, words: list[str]) -> Result:
     if not texts:
         raise InputError(f"{given.data} holds no document with text ({counts.empty} empty ones): nothing to evaluate")
     found = score_texts(
-        open_model(path),
+        describe_source(path, name=given.model),
         load_tokenizer(path),
         texts,
         context=given.context,

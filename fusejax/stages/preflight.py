@@ -8,6 +8,7 @@ from fusejax.errors import InputError
 from fusejax.io.models import open_config
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.merging.registry import resolve
+from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import placement
 
@@ -24,7 +25,9 @@ def check_before(run: Run, names: Collection[str]) -> None:
     if {"capture", "align", "train"} & set(names):
         for ref in (*config.sources, config.target):
             path = run.model_path(ref)
-            check_vocabulary(run.tokenizer(ref), open_config(path).vocab_size, str(path))
+            source = describe(run, ref)
+            if source.vocab_size is not None:
+                check_vocabulary(run.tokenizer(ref), source.vocab_size, str(path))
     if "train" in names:
         path = run.model_path(config.target)
         model = open_config(path)
