@@ -108,7 +108,7 @@ def _spread(part: np.ndarray, found: list[Span], shape: tuple[int, ...]) -> np.n
 
 def _torch() -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
             "this model needs torch, which is not installed: pip install 'fusejax[torch]', or use a model that fusejax "

@@ -2,6 +2,7 @@
 
 __all__ = ["command"]
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,15 @@ def command(name: str, words: list[str]) -> Result:
     if not given.directory.is_dir():
         raise InputError(f"no directory at {given.directory}")
     if not (given.directory / MANIFEST).is_file():
-        config = open_config(given.directory)
-        from dataclasses import asdict
-
-        data: dict[str, Any] = {"kind": "model", "config": asdict(config)}
+        data: dict[str, Any] = {"kind": "model", "config": dataclasses.asdict(open_config(given.directory))}
     else:
         data = read_manifest(given.directory)._asdict()
         data["total_bytes"] = sum(entry["bytes"] for entry in data["files"].values())
     if (given.record is not None or given.to_parquet) and data["kind"] not in _STORED:
         raise InputError(f"{given.directory} is a {data['kind']!r} artefact; records are in {', '.join(_STORED)}")
     if given.to_parquet:
-        data["parquet"] = {"file": str(given.to_parquet)}
-        data["parquet"]["rows"] = export_parquet(RecordReader(given.directory), given.to_parquet)
+        rows = export_parquet(RecordReader(given.directory), given.to_parquet)
+        data["parquet"] = {"file": str(given.to_parquet), "rows": rows}
     if given.record is not None:
         reader = RecordReader(given.directory)
         if not 0 <= given.record < len(reader):
