@@ -5,7 +5,7 @@ from fusejax.alignment.conditioning import Conditioner
 from fusejax.alignment.document import AlignedDocument, align_document
 from fusejax.alignment.opening import Opening
 from fusejax.alignment.positions import align_positions
-from fusejax.alignment.report import DocumentReport, report_document, summary
+from fusejax.alignment.report import DocumentReport, add_up, report_document, summary
 from fusejax.alignment.transport import transport
 from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_groups, exact_map, padded_map
 
@@ -15,6 +15,7 @@ __all__ = [
     "Conditioner",
     "DocumentReport",
     "Opening",
+    "add_up",
     "align_document",
     "align_positions",
     "coarse_map",

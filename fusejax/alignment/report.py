@@ -15,7 +15,17 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.types import Array, VocabMap
 
-__all__ = ["ALIGNED", "CONDITIONED", "DROPPED", "DocumentReport", "Span", "report_document", "summary", "true_symbols"]
+__all__ = [
+    "ALIGNED",
+    "CONDITIONED",
+    "DROPPED",
+    "DocumentReport",
+    "Span",
+    "add_up",
+    "report_document",
+    "summary",
+    "true_symbols",
+]
 
 DROPPED, ALIGNED, CONDITIONED = 0, 1, 2
 WORST_PER_DOCUMENT = 3
@@ -114,6 +124,20 @@ def true_symbols(
     return symbols
 
 
+def add_up(reports: Iterable[DocumentReport], *, worst: int = 10) -> DocumentReport:
+    """Returns the sums of several reports, with the `worst` longest spans among theirs.
+
+    Raises:
+      InputError: there is none.
+    """
+    rows = list(reports)
+    if not rows:
+        raise InputError("no document was aligned, so there is nothing to report; is the data file empty?")
+    sums = {name: sum(getattr(row, name) for row in rows) for name in DocumentReport._fields[:-1]}
+    spans = sorted((span for row in rows for span in row.worst), key=lambda span: span.start - span.stop)[:worst]
+    return DocumentReport(**sums, worst=tuple(spans))
+
+
 def summary(reports: Iterable[DocumentReport], *, worst: int = 10) -> dict[str, Any]:
     """Adds up documents and forms the shares.
 
@@ -125,13 +149,8 @@ def summary(reports: Iterable[DocumentReport], *, worst: int = 10) -> dict[str, 
       JSON values: the sums of `DocumentReport`, and `aligned_share`, `symbol_agreement`,
       `full_resolution_share`, `mass_kept` (means over aligned positions; None where undefined), `worst_spans`.
     """
-    rows = list(reports)
-    if not rows:
-        raise InputError("no document was aligned, so there is nothing to report; is the data file empty?")
-    sums = {name: sum(getattr(row, name) for row in rows) for name in DocumentReport._fields[:-1]}
-    mass = sums.pop("mass_kept")
-    aligned = sums["aligned"]
-    spans = sorted((span for row in rows for span in row.worst), key=lambda span: span.start - span.stop)[:worst]
+    sums = add_up(reports, worst=worst)._asdict()
+    mass, spans, aligned = sums.pop("mass_kept"), sums.pop("worst"), sums["aligned"]
     return sums | {
         "aligned_share": aligned / sums["positions"] if sums["positions"] else None,
         "symbol_agreement": sums["agreed"] / aligned if aligned else None,

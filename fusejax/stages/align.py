@@ -7,15 +7,16 @@ two tokenizers on a text, which needs no model.
 __all__ = ["align", "command"]
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
-from fusejax.alignment import AlignedDocument, Conditioner, Opening, align_document, summary
+from fusejax.alignment import AlignedDocument, Conditioner, Opening, add_up, align_document, summary
 from fusejax.config import AlignConfig
-from fusejax.data.corpus import read_corpus
+from fusejax.data.corpus import Document, read_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
@@ -30,6 +31,25 @@ from fusejax.types import VocabMap
 
 VOCABULARY = "vocabulary.npz"
 MAPS = ("coarse", "exact")
+
+
+class _Texts(Sequence[str]):
+    """The texts of documents, read from the corpus when they are asked for."""
+
+    def __init__(self, documents: Sequence[Document]):
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [document.text for document in self._documents[index]]
+        return self._documents[index].text
 
 
 def align(run: Run) -> dict[str, Manifest]:
@@ -57,7 +77,7 @@ def _align_one(run: Run, name: str) -> Manifest:
     if len(documents) != len(reader):
         counts = f"{len(reader)} documents, the corpus {len(documents)}"
         raise InputError(f"{reader.directory} holds {counts}; capture it again")
-    vocab_map, align_record = _method(options, reader, source, target, [document.text for document in documents], dtype)
+    vocab_map, align_record = _method(options, reader, source, target, _Texts(documents), dtype)
     writer = RecordWriter(
         directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size, codec=codec
     )
@@ -74,13 +94,14 @@ def _align_one(run: Run, name: str) -> Manifest:
                 fallbacks += aligned.header.get("one_hot", 0)
                 if first + offset >= writer.resume_at:
                     writer.write(Record(record.doc_id, aligned.header, aligned.arrays))
+            reports = [add_up(reports)]  # a corpus has more documents than reports should be held
             bar.update(len(shard))
     facts = summary(reports) | ({"one_hot": fallbacks} if options.positions == "dtw" else {})
     return writer.finish(facts=facts | {"seconds": time.monotonic() - start})
 
 
 def _method(
-    options: AlignConfig, reader: RecordReader, source: Tokenizer, target: Tokenizer, texts: list[str], dtype: str
+    options: AlignConfig, reader: RecordReader, source: Tokenizer, target: Tokenizer, texts: Sequence[str], dtype: str
 ) -> tuple[VocabMap, Callable[[Record, EncodedDocument], AlignedDocument]]:
     """The vocabulary map, and what aligns one document; a tokenizer with itself needs neither strings nor counts."""
     name = options.vocabulary
