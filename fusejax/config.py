@@ -255,6 +255,9 @@ class TrainConfig(_Config):
     )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="Steps between bits per byte of the valid split; None: never."
+    )
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
 
 

@@ -34,11 +34,12 @@ PANELS = {
     "loss": "Loss (nats per token)",
     "clm_nats": "Causal LM loss (nats per token)",
     "fusion_nats": "Fusion loss (nats per supervised token)",
+    "eval/valid_bits_per_byte": "Held-out text (bits per byte)",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "tokens_per_second": "Throughput (tokens per second)",
 }
-NOISY = frozenset(PANELS) - {"learning_rate"}
+NOISY = frozenset(PANELS) - {"learning_rate", "eval/valid_bits_per_byte"}
 
 
 def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:

@@ -126,6 +126,7 @@ def _config(out: Path, scale: Scale, seed: int, *, models: dict[str, Path]) -> R
                 "remat": "dots",
                 "checkpoint_every": 200,
                 "log_every": 10,
+                "evaluate_every": 250,
             },
             "merge": {"method": "sce"},
             "evaluate": {"context": scale.seq_len, "batch_tokens": tokens},

@@ -2,16 +2,25 @@
 
 __all__ = ["train"]
 
+import dataclasses
 import shutil
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 
 from fusejax.alignment import event_groups
+from fusejax.data.corpus import read_corpus
 from fusejax.data.loader import FusionLoader
+from fusejax.errors import InputError
+from fusejax.evaluation import evaluate_documents
 from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.store import RecordReader
 from fusejax.io.tokenizers import check_vocabulary
+from fusejax.models import ModelConfig, score_tokens
 from fusejax.stages.context import Run, finished
 from fusejax.stages.fit import Optimization, fit
 from fusejax.stages.fuse import PARTITIONS
@@ -77,9 +86,9 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
+        evaluate=_validation(run, start.config) if options.evaluate_every else None,
+        evaluate_every=options.evaluate_every or 0,
     )
-    import jax
-
     params = jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype), result.state.params, start.params)
     facts = {
         "steps": int(result.state.step),
@@ -100,10 +109,34 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     return kept
 
 
+def _validation(run: Run, config: ModelConfig) -> Callable[[Any, int], dict[str, float]]:
+    """Bits per byte of the valid split as a callback of the training loop; it changes nothing of the training."""
+    texts = [document.text for document in read_corpus(run.corpus_dir, "valid")]
+    if not texts:
+        raise InputError("train.evaluate_every is set, but the valid split is empty; give `corpus.valid` or unset it")
+    tokenizer, options = run.tokenizer(run.config.target), run.config.evaluate
+    context = min(options.context, config.max_positions)
+    encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    config = dataclasses.replace(config, dtype=run.config.train.compute_dtype)
+    score = jax.jit(partial(score_tokens, cfg=config, valid_vocab=tokenizer.vocab_size))
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        found = evaluate_documents(
+            lambda tokens, labels, positions, segments: score(
+                params, tokens=tokens, labels=labels, positions=positions, segment_ids=segments
+            )[0],
+            SimpleNamespace(encode=encoded.__getitem__),
+            texts,
+            context=context,
+            batch_size=max(1, options.batch_tokens // context),
+        )
+        return {"valid_bits_per_byte": found.bits_per_byte}
+
+    return evaluate
+
+
 def _widened(params: Any) -> Any:
     """Weights in float32, whatever they are stored in: a step of 1e-5 is lost in bfloat16's rounding."""
-    import jax
-
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
@@ -111,7 +144,7 @@ def _corpus(run: Run) -> str:
     return read_manifest(run.corpus_dir, kind="corpus").fingerprint
 
 
-_WITHOUT_EFFECT = {"baseline", "checkpoint_every", "log_every", "tensorboard"}
+_WITHOUT_EFFECT = {"baseline", "checkpoint_every", "evaluate_every", "log_every", "tensorboard"}
 
 
 def _groups(reader: RecordReader) -> EventGroups:

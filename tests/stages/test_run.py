@@ -151,6 +151,24 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(tmp_path, mo
     assert steps == sorted(set(steps))
 
 
+def test_looking_at_held_out_text_changes_nothing(tmp_path):
+    config = make_config(tmp_path, merge=None, fusions=[{"name": "fused", "window_bytes": 32}])
+    run_stages(config, ("prepare", "capture", "align", "fuse", "train"))
+    plain = open_model(tmp_path / "run" / "models" / "fused").params
+    shutil.rmtree(tmp_path / "run" / "models")
+    shutil.rmtree(tmp_path / "run" / "train")
+    looking = config.model_copy(update={"train": config.train.model_copy(update={"evaluate_every": 2})})
+    run_stages(looking, ("train",))
+    for a, b in zip(
+        jax.tree.leaves(plain), jax.tree.leaves(open_model(tmp_path / "run/models/fused").params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    lines = [json.loads(line) for line in (tmp_path / "run/train/fused/metrics.jsonl").read_text().splitlines()]
+    curve = {line["step"]: line["eval/valid_bits_per_byte"] for line in lines if "eval/valid_bits_per_byte" in line}
+    assert list(curve) == [2, 4]
+    assert all(0 < value < 20 for value in curve.values())
+
+
 def test_a_mesh_trains_to_the_same_model(tmp_path):
     base = make_config(tmp_path, merge=None, fusions=[{"name": "fused", "window_bytes": 32}])
     run_stages(base, ("prepare", "capture", "align", "fuse", "train"))
