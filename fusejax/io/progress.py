@@ -76,7 +76,7 @@ class Progress:
             self._bar.update(self._task, completed=self.done, info=info)
             return
         now = time.monotonic()
-        if now - self._shown >= _PLAIN_SECONDS:
+        if now - self._shown >= _PLAIN_SECONDS and self.done > self._first:
             self._shown = now
             say(self.line())
 

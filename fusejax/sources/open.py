@@ -11,7 +11,8 @@ environment variable FUSEJAX_API_KEY and stored nowhere.
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,19 +141,32 @@ def open_source(
     return served_score(endpoint, served, top_k=top_k, valid_vocab=valid_vocab)
 
 
-def jax_score(model: LoadedModel, *, top_k: int, valid_vocab: int | None = None) -> Score:
-    """Returns the jitted forward pass of a model that fusejax computes; weights are put on the device once."""
-    from functools import partial
+def jax_score(
+    model: LoadedModel, *, top_k: int, valid_vocab: int | None = None, mesh: Mapping[str, int] | None = None
+) -> Score:
+    """Returns the jitted forward pass of a model that fusejax computes; weights are put on the devices once.
 
+    Ids from `valid_vocab` on are padding of the model's vocabulary and get no probability. On a mesh, parameters
+    and rows are split over its devices; B is then a multiple of data * fsdp.
+    """
     import jax
 
-    from fusejax.models import score_tokens
+    from fusejax.models import param_table, score_tokens
+    from fusejax.parallel import batch_sharding, make_mesh, param_shardings
 
-    params = jax.device_put(model.params)
-    score = jax.jit(partial(score_tokens, cfg=model.config, k=top_k, valid_vocab=valid_vocab))
-    return lambda tokens, labels, positions, segment_ids: score(
-        params, tokens=tokens, labels=labels, positions=positions, segment_ids=segment_ids
-    )
+    score = partial(score_tokens, cfg=model.config, k=top_k, valid_vocab=valid_vocab)
+    if not mesh or all(size == 1 for size in mesh.values()):
+        params, rows, score = jax.device_put(model.params), None, jax.jit(score)
+    else:
+        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
+        params = jax.device_put(model.params, param_shardings(param_table(model.config), made))
+        rows, score = batch_sharding(made), jax.jit(partial(score, mesh=made))
+
+    def run(tokens: Any, labels: Any, positions: Any, segment_ids: Any) -> Any:
+        arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
+        return score(params, **{name: jax.device_put(array, rows) for name, array in arrays.items()})
+
+    return run
 
 
 def _model_type(directory: Path) -> str | None:

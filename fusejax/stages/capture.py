@@ -1,51 +1,21 @@
 """capture: run every source over the training text and keep its top-k distributions (artefact A1)."""
 
-__all__ = ["capture", "capture_identity", "describe", "scorer"]
+__all__ = ["capture", "capture_identity", "describe"]
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from fusejax.config import ModelRef
 from fusejax.data.corpus import read_corpus
 from fusejax.io.manifest import Manifest, read_manifest
-from fusejax.io.models import LoadedModel
 from fusejax.io.progress import progress, say
 from fusejax.io.store import Record, RecordWriter
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.sources.capture import capture_shard, record_of
-from fusejax.sources.open import Source, describe_source, open_source
+from fusejax.sources.open import Source, describe_source, jax_score, open_source
 from fusejax.stages.context import Run, finished
-
-
-def scorer(
-    model: LoadedModel, *, top_k: int, valid_vocab: int | None = None, mesh: Mapping[str, int] | None = None
-) -> Callable[..., Any]:
-    """Returns the jitted forward pass: [B, T] int32 arrays -> (realised logprob [B, T], TopK [B, T, K] or None).
-
-    Ids from `valid_vocab` on are padding of the model's vocabulary and get no probability. On a mesh, parameters
-    and rows are split over its devices; B is then a multiple of data * fsdp.
-    """
-    import jax
-
-    from fusejax.models import param_table, score_tokens
-    from fusejax.parallel import batch_sharding, make_mesh, param_shardings
-
-    score = partial(score_tokens, cfg=model.config, k=top_k, valid_vocab=valid_vocab)
-    if not mesh or all(size == 1 for size in mesh.values()):
-        params, rows, score = jax.device_put(model.params), None, jax.jit(score)
-    else:
-        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
-        params = jax.device_put(model.params, param_shardings(param_table(model.config), made))
-        rows, score = batch_sharding(made), jax.jit(partial(score, mesh=made))
-
-    def run(tokens: Any, labels: Any, positions: Any, segment_ids: Any) -> Any:
-        arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
-        return score(params, **{name: jax.device_put(array, rows) for name, array in arrays.items()})
-
-    return run
 
 
 def _row_multiple(mesh: Mapping[str, int] | None) -> int:
@@ -94,7 +64,7 @@ def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Cal
     sizes = {"top_k": min(options.top_k, tokenizer.vocab_size), "valid_vocab": tokenizer.vocab_size}
     if source.backend == "jax":
         model, mesh = run.model(ref, compute_dtype=options.compute_dtype), run.config.mesh.model_dump()
-        return scorer(model, **sizes, mesh=mesh), _row_multiple(mesh)
+        return jax_score(model, **sizes, mesh=mesh), _row_multiple(mesh)
     return open_source(source, **sizes, context=context, compute_dtype=options.compute_dtype), 1
 
 

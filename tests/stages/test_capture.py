@@ -13,7 +13,7 @@ from fusejax.io.store import RecordReader
 from fusejax.io.tokenizer_probe import PROBES, probe_tokenizer
 from fusejax.io.tokenizers import load_tokenizer
 from fusejax.sources.capture import capture_shard
-from fusejax.stages.capture import scorer
+from fusejax.sources.open import jax_score
 from fusejax.stages.capture_size import predicted_bytes, store_bytes
 from fusejax.stages.context import Run
 from fusejax.stages.inspect import command as inspect
@@ -41,7 +41,7 @@ def test_eight_devices_capture_what_one_does(tmp_path):
     shapes = {"top_k": 4, "context": 32, "batch_tokens": 256}
     results = []
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
-        score = scorer(model, top_k=4, valid_vocab=tokenizer.vocab_size, mesh=mesh.model_dump())
+        score = jax_score(model, top_k=4, valid_vocab=tokenizer.vocab_size, mesh=mesh.model_dump())
         results.append(list(capture_shard(score, documents, row_multiple=mesh.data * mesh.fsdp, **shapes)))
     for one, many in zip(*results, strict=True):
         np.testing.assert_allclose(one.realised_logprob, many.realised_logprob, atol=1e-4)
