@@ -26,7 +26,7 @@ from fusejax.alignment.transport import transport
 from fusejax.errors import InputError
 from fusejax.types import Array, TopK, VocabMap
 
-__all__ = ["AlignedDocument", "Encoding", "align_document", "chain_logprobs"]
+__all__ = ["AlignedDocument", "Encoding", "align_document", "chain_logprobs", "record_arrays"]
 
 
 class Encoding(Protocol):
@@ -116,7 +116,7 @@ def align_document(
         doc_id=doc_id,
         opening=first,
     )
-    arrays = _record_arrays(source, target, moved, status, dtype)
+    arrays = record_arrays(source, target, moved, status, dtype)
     if chain:
         symbols = np.asarray(vocab_map.symbol_of_target)[arrays["labels"]]
         needed = symbols != arrays["labels"]
@@ -177,9 +177,10 @@ def _condition(
     status[found.rows] = np.where((found.topk.ids >= 0).any(axis=1), CONDITIONED, DROPPED)
 
 
-def _record_arrays(
+def record_arrays(
     source: Mapping[str, Array], target: Encoding, moved: TopK, status: Array, dtype: str
 ) -> dict[str, Array]:
+    """Returns the arrays of an aligned record (A3): the target's `[T]`, its `moved` distributions, the source's."""
     return {
         "tokens": np.asarray(target.tokens, np.int32),
         "labels": np.asarray(target.labels, np.int32),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fusejax.alignment import AlignedDocument, report_document
+from fusejax.alignment.document import record_arrays
 from fusejax.alignment.parity import (
     PairCounter,
     PairCounts,
@@ -78,17 +79,7 @@ class Parity(NamedTuple):
             exact=target.exact,
             doc_id=doc_id,
         )
-        arrays = {
-            "tokens": np.asarray(target.tokens, np.int32),
-            "labels": np.asarray(target.labels, np.int32),
-            "byte_ends": np.asarray(target.byte_ends, np.int32),
-            "ids": moved.ids,
-            "logprobs": moved.logprobs.astype(dtype),
-            "residual_logprob": moved.residual_logprob.astype(dtype),
-            "status": status,
-            "source_byte_ends": np.asarray(record["byte_ends"], np.int32),
-            "source_realised": realised,
-        }
+        arrays = record_arrays(record, target, moved, status, dtype)
         header = {
             "n_bytes": target.n_bytes,
             "source_nll_nats": float(-realised.astype(np.float64).sum()),

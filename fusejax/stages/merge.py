@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a merge of files needs neither Orbax nor the configuration 
 
 def merge_run(run: "Run") -> Manifest | None:
     """Merges the trained targets of a run; nothing where the configuration has no `merge`."""
-    from fusejax.io.models import open_model
+    from fusejax.io.models import model_fingerprint, open_model
     from fusejax.stages.context import finished
     from fusejax.stages.keep import keep_model
 
@@ -37,14 +37,13 @@ def merge_run(run: "Run") -> Manifest | None:
     arms = list(options.targets) or [fusion.name for fusion in run.config.fusions]
     base_path = run.model_path(run.config.target)
     settings = {"method": options.method, "parameters": options.parameters, "targets": arms}
-    targets = [open_model(run.model_dir(arm)) for arm in arms]
-    parents = {arm: target.fingerprint for arm, target in zip(arms, targets, strict=True)}
+    parents = {arm: model_fingerprint(run.model_dir(arm)) for arm in arms}
     parents["base"] = run.fingerprint(run.config.target)
     directory = run.model_dir("merged")
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
     run.replace_stale(directory)
-    base = open_model(base_path)
+    base, targets = open_model(base_path), [open_model(run.model_dir(arm)) for arm in arms]
     merged, coefficients = merge_models(base, targets, method=options.method, parameters=options.parameters)
     facts = {"coefficients": coefficients}
     return keep_model(
