@@ -1,0 +1,36 @@
+"""The configuration of a run: pydantic models read from YAML, one per stage.
+
+Every field has a description, which `--help` and the JSON schema show. Unknown keys are refused with the
+nearest known one. Only `cli` and `stages` see these classes; functions below them take plain values.
+Relative paths are relative to the directory in which the command runs.
+"""
+
+__all__ = [
+    "AlignConfig",
+    "CaptureConfig",
+    "CorpusConfig",
+    "EvaluateConfig",
+    "FusionConfig",
+    "LossConfig",
+    "MergeConfig",
+    "MeshConfig",
+    "ModelRef",
+    "RunConfig",
+    "TextSource",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]
+
+from fusejax.config.inputs import CorpusConfig, ModelRef, TextSource
+from fusejax.config.run import RunConfig, load_config, save_config
+from fusejax.config.stages import (
+    AlignConfig,
+    CaptureConfig,
+    EvaluateConfig,
+    FusionConfig,
+    LossConfig,
+    MergeConfig,
+    MeshConfig,
+    TrainConfig,
+)

@@ -1,0 +1,134 @@
+"""A whole run: its configuration, read from YAML and written back."""
+
+__all__ = ["RunConfig", "load_config", "save_config"]
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from fusejax.config.base import Config
+from fusejax.config.inputs import CorpusConfig, ModelRef
+from fusejax.config.stages import (
+    AlignConfig,
+    CaptureConfig,
+    EvaluateConfig,
+    FusionConfig,
+    LossConfig,
+    MergeConfig,
+    MeshConfig,
+    TrainConfig,
+)
+from fusejax.errors import InputError, nearest
+
+
+class RunConfig(Config):
+    """A whole run: corpus, sources, target, fusions, training, merge, evaluation."""
+
+    output: str = Field(description="Directory of the run's artefacts.")
+    seed: int = Field(default=0, ge=0, description="Seed of splits, data order and initialisation.")
+    target: ModelRef = Field(description="The model that is trained.")
+    sources: tuple[ModelRef, ...] = Field(description="The models whose distributions are fused.", min_length=1)
+    corpus: CorpusConfig
+    capture: CaptureConfig = CaptureConfig()
+    align: AlignConfig = AlignConfig()
+    fusions: tuple[FusionConfig, ...] = Field(
+        default=(FusionConfig(),), min_length=1, description="Fusions; each trains one target."
+    )
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    merge: MergeConfig | None = Field(default=None, description="None: nothing is merged.")
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "RunConfig":
+        names = [source.name for source in self.sources]
+        fusions = [fusion.name for fusion in self.fusions]
+        for kind, found in (("sources", names), ("fusions", fusions)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"{kind} must have different names, got {found}; set `name`")
+        reserved = {"base", "target", "clm", "merged", "ensemble"}
+        if bad := reserved & set(fusions):
+            raise ValueError(f"fusion names {sorted(bad)} are reserved")
+        for fusion in self.fusions:
+            if len(set(fusion.sources)) < len(fusion.sources):
+                raise ValueError(f"fusion {fusion.name!r} names a source twice: {list(fusion.sources)}")
+            if fusion.include_target and "target" in names:
+                raise ValueError("a source may not be called 'target' beside include_target; set `name`")
+            for name in fusion.sources:
+                if name not in names:
+                    raise ValueError(f"fusion {fusion.name!r} names source {name!r}; sources are {names}")
+        trained = fusions + ["clm"] * self.train.baseline
+        if self.merge and (bad := set(self.merge.targets) - set(trained)):
+            raise ValueError(f"merge names targets {sorted(bad)}; trained are {trained}")
+        if self.loss.clm_weight + self.loss.fusion_weight <= 0:
+            raise ValueError("clm_weight and fusion_weight are both 0: nothing would be trained")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> "RunConfig":
+        rows, cuts = self.train.batch_size, self.train.accumulation * self.mesh.data * self.mesh.fsdp
+        if rows % cuts:
+            raise ValueError(
+                f"train.batch_size {rows} must be a multiple of train.accumulation * mesh.data * mesh.fsdp = {cuts}"
+            )
+        return self
+
+
+def _explain(error: ValidationError, where: str) -> InputError:
+    lines, found = [], error.errors()
+    for item in found:
+        path = ".".join(map(str, item["loc"]))
+        inner = any(other["loc"][: len(item["loc"])] == item["loc"] for other in found if other is not item)
+        if item["type"] == "too_short" and inner:
+            continue  # the tuple is short only because its entries are wrong
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(RunConfig, item["loc"][:-1])
+            lines.append(f"{path}: unknown key.{nearest(str(item['loc'][-1]), known)} Known: {', '.join(known)}")
+        else:
+            shown = f", got {item['input']!r}" if not isinstance(item["input"], dict) else ""
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": "))
+    return InputError(f"{where} is not a valid configuration:\n  " + "\n  ".join(lines))
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    """The field names of the nested configuration class at an error's location."""
+    for key in location:
+        if isinstance(key, int) or key not in model.model_fields:
+            continue
+        found = [model.model_fields[key].annotation]
+        while found:
+            annotation = found.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+                break
+            found.extend(getattr(annotation, "__args__", ()))
+    return sorted(model.model_fields)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads and validates a YAML configuration.
+
+    Raises:
+      InputError: the file is missing, is no YAML mapping, or has unknown keys or values out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no configuration file at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, expected a mapping of configuration keys")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, str(path)) from error
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")

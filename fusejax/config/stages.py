@@ -1,0 +1,170 @@
+"""The options of every stage of a run."""
+
+__all__ = [
+    "AlignConfig",
+    "CaptureConfig",
+    "EvaluateConfig",
+    "FusionConfig",
+    "LossConfig",
+    "MergeConfig",
+    "MeshConfig",
+    "TrainConfig",
+]
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fusejax.config.base import NAME, Config
+
+
+class CaptureConfig(Config):
+    """Running the sources over the corpus."""
+
+    top_k: int = Field(default=10, ge=1, le=1024, description="Entries stored per position.")
+    context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
+    codec: Literal["compact", "float16", "float32"] = Field(
+        default="compact",
+        description="How distributions are stored: 3 bytes per entry, or log-probabilities as float16 or float32.",
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
+    shard_size: int = Field(default=256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_dtype(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "dtype" in values and "codec" not in values:
+            values = {("codec" if key == "dtype" else key): value for key, value in values.items()}
+        return values
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of log-probabilities as a reader of the store sees them."""
+        return "float16" if self.codec == "float16" else "float32"
+
+
+class AlignConfig(Config):
+    """Carrying distributions to the target's tokenizer."""
+
+    positions: Literal["bytes", "dtw"] = Field(
+        default="bytes", description="Pair positions by bytes, or tokens by dynamic time warping as in the papers."
+    )
+    vocabulary: Literal["coarse", "exact", "min_ed", "statistics"] = Field(
+        default="coarse",
+        description="Common symbols, identical spellings, least edit distance (FuseLLM), or counts (FuseChat).",
+    )
+    conditioned: bool = Field(
+        default=False, description="Also supervise positions inside a source token, conditioned on the bytes read."
+    )
+    chain: bool = Field(
+        default=False, description="Also supervise long realised tokens by the source's probability of their bytes."
+    )
+    calibration_bytes: int = Field(
+        default=2_000_000, ge=0, description="Text on which coarse symbols that disagree are joined; 0: none are."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AlignConfig":
+        if self.positions == "dtw" and self.vocabulary == "coarse":
+            raise ValueError("positions dtw needs vocabulary exact, min_ed or statistics; coarse symbols need bytes")
+        if self.positions == "bytes" and self.vocabulary == "statistics":
+            raise ValueError("vocabulary statistics counts tokens that were aligned as strings: set positions dtw")
+        if self.positions == "dtw" and (self.chain or self.conditioned):
+            raise ValueError("chain and conditioned need positions bytes")
+        return self
+
+
+class FusionConfig(Config):
+    """One fusion of sources, which trains one target."""
+
+    name: str = Field(default="fused", description="Name of the trained target.", pattern=NAME)
+    sources: tuple[str, ...] = Field(default=(), description="Names of the sources; empty: all of them.")
+    method: Literal["min_ce", "avg_ce"] = Field(default="min_ce", description="FuseLLM's fusion function.")
+    score: Literal["bits_per_byte", "token_ce"] = Field(
+        default="bits_per_byte", description="How sources are compared: per byte, or per own token as in the papers."
+    )
+    window_bytes: int | None = Field(
+        default=256, ge=1, description="Bytes over which sources are compared; None: document."
+    )
+    include_target: bool = Field(default=False, description="The target's own start distribution takes part (FuseLLM).")
+    temperature: float = Field(default=1.0, gt=0, description="Of avg_ce's softmax over negative scores.")
+    reward: Literal["score", "exp"] = Field(
+        default="score", description="avg_ce weighs by softmax of -score, or of exp(-score) as in the papers."
+    )
+
+
+class LossConfig(Config):
+    """clm_weight * CLM + fusion_weight * D(fused || target), in nats per trained token."""
+
+    clm_weight: float = Field(default=0.9, ge=0, description="Weight of the causal language modelling loss.")
+    fusion_weight: float = Field(default=0.1, ge=0, description="Weight of the divergence.")
+    divergence: Literal["kl", "ce", "reverse_kl", "jsd"] = Field(default="kl", description="Divergence to the target.")
+    tail: Literal["bucket", "renormalize", "zero"] = Field(
+        default="bucket", description="What the mass outside top-k does."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of the target's softmax in the divergence.")
+    max_members: int = Field(
+        default=256, ge=1, description="Gathered token ids per position; larger groups join the rest."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LossConfig":
+        if self.divergence == "reverse_kl" and self.tail != "bucket":
+            raise ValueError(f"divergence reverse_kl is infinite without a rest: it needs tail bucket, got {self.tail}")
+        return self
+
+
+class TrainConfig(Config):
+    """Training the target."""
+
+    baseline: bool = Field(default=True, description="Also train on CLM alone, from the same start on the same tokens.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the corpus.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimiser steps.")
+    batch_size: int = Field(default=128, ge=1, description="Rows per optimiser step.")
+    seq_len: int = Field(default=2048, ge=2, description="Tokens per row.")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimiser step.")
+    packing: bool = Field(default=True, description="Several documents per row, without attention across them.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="After the warm-up.")
+    warmup_ratio: float = Field(default=0.008, ge=0, le=1, description="Share of the steps spent warming up.")
+    adam_b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
+    adam_b2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2.")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW decay of matrices; norms and biases have none.")
+    clip_norm: float = Field(default=1.0, gt=0, description="Global norm to which gradients are clipped.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
+    remat: Literal["none", "dots", "full"] = Field(
+        default="none", description="What is recomputed in the backward pass."
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="Steps between bits per byte of the valid split; None: never."
+    )
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
+
+
+class MeshConfig(Config):
+    """Devices per mesh axis; the product must divide the number of devices."""
+
+    data: int = Field(default=1, ge=1, description="Replicas that see different rows.")
+    fsdp: int = Field(default=1, ge=1, description="Shards of parameters and rows.")
+    tensor: int = Field(default=1, ge=1, description="Shards of heads, mlp and vocabulary.")
+
+
+class MergeConfig(Config):
+    """Merging the fused targets."""
+
+    method: str = Field(default="sce", description="A method of `fusejax merge --help`.")
+    targets: tuple[str, ...] = Field(default=(), description="Trained targets to merge; empty: all fusions.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the method.")
+
+
+class EvaluateConfig(Config):
+    """Bits per byte on the test split."""
+
+    context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
+    batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
+    ensemble: bool = Field(
+        default=True, description="Also the mean-probability ensemble of the sources and the target."
+    )
