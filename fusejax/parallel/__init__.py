@@ -1,18 +1,24 @@
-"""Meshes and shardings: where arrays lie, derived from the logical axes of the parameter table."""
+"""Meshes, shardings and processes: where arrays lie, derived from the logical axes of the parameter table."""
 
 from fusejax.parallel.mesh import MESH_AXES, is_explicit, make_mesh
 from fusejax.parallel.paths import flatten_paths, unflatten_paths
+from fusejax.parallel.processes import barrier, is_first, process_count, process_index, start_processes
 from fusejax.parallel.sharding import Layout, ShardingRules, batch_sharding, param_shardings, spec_for
 
 __all__ = [
     "MESH_AXES",
     "Layout",
     "ShardingRules",
+    "barrier",
     "batch_sharding",
     "flatten_paths",
     "is_explicit",
+    "is_first",
     "make_mesh",
     "param_shardings",
+    "process_count",
+    "process_index",
     "spec_for",
+    "start_processes",
     "unflatten_paths",
 ]

@@ -4,7 +4,7 @@
 vocabulary. Every mesh has the three axes (size 1 where unused), so that rules and losses need no cases.
 The axis types are always given: the default of `jax.make_mesh` differs between versions of jax.
 
-Not here: `jax.distributed` start-up and pipeline or context parallelism.
+Not here: the start of several processes (`fusejax.parallel.processes`), and pipeline or context parallelism.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,154 @@
+"""Who a process is, from arguments and the environment; barriers between real processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from fusejax.errors import InputError
+from fusejax.parallel import barrier, is_first, process_count, process_index, start_processes
+from tests.paths import ROOT
+
+NAMES = ("FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS", "FUSEJAX_LOCAL_DEVICES", "FUSEJAX_DISTRIBUTED")
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Sets the environment, starts, and returns what JAX was asked for."""
+    for name in [*NAMES, *(name for name in os.environ if name.startswith("SLURM_")), "CUDA_VISIBLE_DEVICES"]:
+        monkeypatch.delenv(name, raising=False)
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: asked.update(options, args=args))
+
+    def start(environment=(), **arguments):
+        for name, value in dict(environment).items():
+            monkeypatch.setenv(name, value)
+        start_processes(**arguments)
+        return asked
+
+    return start
+
+
+def test_one_process_needs_nothing(given):
+    assert given() == {}
+    assert (process_index(), process_count(), is_first()) == (0, 1, True)
+    barrier("alone", seconds=0.001)  # returns
+
+
+def test_a_slurm_shell_alone_starts_nothing(given):
+    assert given({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == {}
+
+
+def test_the_environment_and_arguments_say_who_this_is(given):
+    environment = {"FUSEJAX_COORDINATOR": "h:1", "FUSEJAX_PROCESSES": "3", "FUSEJAX_LOCAL_DEVICES": "4, 5"}
+    asked = given(environment, index=2, timeout=7)
+    assert asked["args"] == ("h:1", 3, 2)
+    assert asked["local_device_ids"] == [4, 5]
+    assert asked["initialization_timeout"] == 7
+    assert asked["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"FUSEJAX_PROCESSES": "2"}, ["FUSEJAX_COORDINATOR and FUSEJAX_PROCESS must be set"]),
+        ({"FUSEJAX_PROCESS": "1"}, ["FUSEJAX_COORDINATOR and FUSEJAX_PROCESSES"]),
+        ({"FUSEJAX_COORDINATOR": "h:1"}, ["FUSEJAX_PROCESSES and FUSEJAX_PROCESS"]),
+        ({"FUSEJAX_COORDINATOR": "h", "FUSEJAX_PROCESSES": "2", "FUSEJAX_PROCESS": "1"}, ["'h'", "host:port"]),
+        ({"FUSEJAX_COORDINATOR": "h:1", "FUSEJAX_PROCESSES": "2", "FUSEJAX_PROCESS": "2"}, ["expected 0 to 1"]),
+        ({"FUSEJAX_PROCESSES": "two"}, ["FUSEJAX_PROCESSES is 'two'"]),
+        ({"FUSEJAX_LOCAL_DEVICES": "0,0"}, ["FUSEJAX_LOCAL_DEVICES is '0,0'"]),
+        ({"FUSEJAX_DISTRIBUTED": "yes"}, ["FUSEJAX_DISTRIBUTED is 'yes'", "auto"]),
+    ],
+)
+def test_half_an_answer_is_an_error(given, environment, words):
+    with pytest.raises(InputError) as caught:
+        given(environment)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("visible", "tasks", "local", "devices"),
+    [
+        ("0,1,2,3,4,5,6,7", "1(x2)", "0", [0, 1, 2, 3, 4, 5, 6, 7]),  # JAX alone would use GPU 0
+        ("0,1,2,3,4,5,6,7", "8(x2)", "5", [5]),
+        ("0,1,2,3,4,5,6,7", "2", "1", [4, 5, 6, 7]),
+        ("3", "8", "3", [0]),  # bound by SLURM: the only one it sees
+        (None, "8", "3", None),
+    ],
+)
+def test_slurm_tasks_share_the_gpus_of_their_node(given, visible, tasks, local, devices):
+    environment = {"SLURM_JOB_ID": "1", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": local}
+    environment |= {"FUSEJAX_DISTRIBUTED": "auto"} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    asked = given(environment)
+    assert asked["local_device_ids"] == devices
+    assert asked["args"] == (None, None, None)
+    assert asked["cluster_detection_method"] is None
+
+
+def test_slurm_tasks_that_cannot_share_are_refused(given):
+    environment = {"SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "3"}
+    with pytest.raises(InputError, match=r"3 SLURM tasks .* 8 GPUs .*--ntasks-per-node=8"):
+        given(environment | {"FUSEJAX_DISTRIBUTED": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "readable"),
+    [
+        ("node[001-002],h3", True),
+        ("a100-[3,5]", True),
+        ("one.example.org", True),
+        ("gpu[01-02]-ib", False),
+        ("rack[1-2]n[1-4]", False),
+    ],
+)
+def test_node_lists_that_jax_reads_wrongly_are_refused(given, nodes, readable):
+    environment = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": nodes, "FUSEJAX_DISTRIBUTED": "auto"}
+    if readable:
+        assert given(environment)["args"] == (None, None, None)
+        return
+    with pytest.raises(InputError, match="FUSEJAX_COORDINATOR"):
+        given(environment)
+    assert given(environment, coordinator="gpu01-ib:1")["args"] == ("gpu01-ib:1", None, None)
+
+
+BARRIERS = """
+    import time
+    from fusejax.parallel.processes import barrier, is_first, process_count, process_index, start_processes
+
+    assert start_processes(timeout=60) == process_count() == 2
+    for _ in range(2):  # a barrier can be passed again
+        barrier("both", seconds=30)
+    if is_first():
+        try:
+            barrier("only one", seconds=0.5)
+        except TimeoutError as error:
+            print(error)
+    barrier("end", seconds=30)
+    print("process", process_index())
+"""
+
+
+def test_a_barrier_names_who_is_missing():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"FUSEJAX_COORDINATOR": address, "FUSEJAX_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(BARRIERS)]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"FUSEJAX_PROCESS": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        first, second = (rank.communicate(timeout=120)[0] for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "barrier 'only one': process 1 did not come within 0.5 s" in first
+    assert first.endswith("process 0\n")
+    assert second == "process 1\n"
