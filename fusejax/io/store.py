@@ -32,7 +32,7 @@ import numpy as np
 
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, Manifest, fingerprint_of, read_manifest, write_json, write_manifest
-from fusejax.io.store_record import Record, pack_record, record_length, unpack_record
+from fusejax.io.store_record import RECORD_FORMAT, Record, pack_record, record_length, unpack_record
 
 _SUFFIX = ".array_record"
 _PLAN = "unfinished.json"
@@ -174,7 +174,8 @@ class RecordWriter:
 
 
 def _plan(kind: str, settings: Mapping[str, Any], parents: Mapping[str, str] | None, shard_size: int) -> dict[str, str]:
-    return {"plan": fingerprint_of([kind, dict(settings), dict(parents or {}), shard_size])}
+    identity = [kind, dict(settings), dict(parents or {}), shard_size, RECORD_FORMAT]  # no shard of two formats
+    return {"plan": fingerprint_of(identity)}
 
 
 def reopen(

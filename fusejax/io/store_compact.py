@@ -5,9 +5,9 @@ deflated together, bytes of equal weight side by side:
 
 * labels as their rank among the entries, spelt out where they are not there; tokens that are the labels shifted by
   one are not stored; byte ends as differences;
-* the residual as float16 with a mantissa of six bits (its error counts with its own mass only);
+* the residual as float16 with a mantissa of seven bits (its error counts with its own mass only);
 * the realised log-probability of a label among the entries as one byte, the distance from the decoded entry in
-  1/512 nats; of any other label, and of the source's in an aligned record, as float16;
+  1/512 nats; of any other label, and of the source's and of chains in an aligned record, as float16;
 * all other arrays as they are.
 """
 
@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from fusejax.io.store_entries import decode_entries, encode_entries, mass_outside
+from fusejax.io.store_entries import VERSION, decode_entries, encode_entries, mass_outside
 
 __all__ = ["ENTRIES", "HALF", "deflate", "inflate", "pack_arrays", "unpack_arrays"]
 
 ENTRIES = (("topk_ids", "topk_logprobs"), ("ids", "logprobs"))
 _RESIDUAL, _REALISED = "residual_logprob", "realised_logprob"
-HALF = (_RESIDUAL, _REALISED, "source_realised")
+HALF = (_RESIDUAL, _REALISED, "source_realised", "chain_logprob")
 _DIFFERENCES = ("byte_ends", "source_byte_ends")
 _MISSED = 255  # the rank of a label that is not among the first 255 entries
 _STEP, _SPELT = 1 / 512, -128  # nats per unit of a realised distance; the code of one that is spelt out
-_DROPPED_BITS = 4  # of the residual's float16 mantissa
+_DROPPED_BITS = 3  # of the residual's float16 mantissa
 _MASS_TOLERANCE = 1e-3  # beyond it the mass of the entries is stored beside the residual
 
 Layout = dict[str, list[Any]]  # name -> [dtype, shape, what its reader must know]
@@ -89,8 +89,8 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, bytes]:
     return layout, struct.pack("<I", len(packed)) + packed + deflate(b"".join(side))
 
 
-def unpack_arrays(layout: Layout, body: memoryview) -> dict[str, np.ndarray]:
-    """Reads the bytes of `pack_arrays`."""
+def unpack_arrays(layout: Layout, body: memoryview, *, version: int = VERSION) -> dict[str, np.ndarray]:
+    """Reads the bytes of `pack_arrays`, written by this `version` of `fusejax.io.store_entries`."""
     (length,) = struct.unpack("<I", body[:4])
     packed, side = body[4 : 4 + length], _Side(inflate(body[4 + length :]))
     names = next((pair for pair in ENTRIES if pair[0] in layout), None)
@@ -108,7 +108,7 @@ def unpack_arrays(layout: Layout, body: memoryview) -> dict[str, np.ndarray]:
         else:
             arrays[name] = side.take(shape, "float16" if name in HALF else dtype).astype(dtype, copy=False)
     if names and rows is not None:
-        ids, logprobs = _unpack_entries(layout[names[0]], packed, rows, arrays.get(_RESIDUAL))
+        ids, logprobs = _unpack_entries(layout[names[0]], packed, rows, arrays.get(_RESIDUAL), version)
         arrays[names[0]], arrays[names[1]] = ids, logprobs
         for name, (codes, spelt) in later.items():
             there = np.flatnonzero(codes != (_MISSED if name == "labels" else _SPELT))
@@ -214,7 +214,7 @@ def _pack_entries(
         side.append(_planes(log_mass))
     layout[names[0]] = [str(ids.dtype), list(ids.shape), width, count, int(log_mass is not None)]
     layout[names[1]] = ["float32", list(ids.shape)]
-    return packed, _unpack_entries(layout[names[0]], memoryview(packed), (some, log_mass), residual)
+    return packed, _unpack_entries(layout[names[0]], memoryview(packed), (some, log_mass), residual, VERSION)
 
 
 def _mass(residual: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -237,6 +237,7 @@ def _unpack_entries(
     packed: memoryview,
     rows: tuple[np.ndarray | None, np.ndarray | None],
     residual: np.ndarray | None,
+    version: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     dtype, shape, width, count, _ = layout
     used, log_mass = rows
@@ -245,7 +246,8 @@ def _unpack_entries(
             raise ValueError("entries without residual or mass")
         flat = residual.reshape(-1)
         log_mass = mass_outside(flat if used is None else flat[used])
-    ids, logprobs = decode_entries(packed, width=width, rows=count, entries=shape[-1], log_mass=log_mass)
+    sizes = {"width": width, "rows": count, "entries": shape[-1]}
+    ids, logprobs = decode_entries(packed, **sizes, log_mass=log_mass, version=version)
     if used is not None:
         kept_ids, kept = ids, logprobs
         ids = np.full((len(used), shape[-1]), -1, np.int32)

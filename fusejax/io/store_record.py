@@ -3,13 +3,15 @@
 Two forms, told apart by their first four bytes:
 
 * plain (`FJR1`): the arrays as they are. `codec="float16"` and `"float32"` set the dtype of log-probabilities.
-* compact (`FJR2`): as in `fusejax.io.store_compact`, the header deflated with a dictionary of the words that every
-  header has. It reads back with the same names, shapes and integers, and with float32 log-probabilities.
+* compact (`FJR3`): as in `fusejax.io.store_compact`, the header deflated with a dictionary of the words that every
+  header has. It reads back with the same names, shapes and integers, and with float32 log-probabilities. `FJR2`, with
+  coarser levels, is read and no longer written.
 
 Deliberately not done: any state shared by records (a dictionary per shard would cost random access).
 """
 
 import json
+import re
 import struct
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,11 +21,13 @@ import xxhash
 from fusejax.errors import InputError
 from fusejax.io.store_compact import ENTRIES, HALF, deflate, inflate, pack_arrays, unpack_arrays
 
-__all__ = ["CODECS", "Codec", "Record", "pack_record", "record_length", "unpack_record"]
+__all__ = ["CODECS", "RECORD_FORMAT", "Codec", "Record", "pack_record", "record_length", "unpack_record"]
 
 Codec = Literal["compact", "float16", "float32"]
 CODECS: tuple[str, ...] = get_args(Codec)
-_PLAIN, _COMPACT = b"FJR1", b"FJR2"
+RECORD_FORMAT = 3  # of what is written
+_PLAIN, _COMPACT = b"FJR1", b"FJR3"
+_ENTRIES_VERSION = {b"FJR2": 1, _COMPACT: 2}  # compact forms
 _DTYPES = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float16", "float32", "float64"}
 _WORDS = (
     b'{"doc_id":"","header":{"n_bytes":,"source_nll_nats":,"aligned":,"dropped":,"conditioned":"nll_nats":},"arrays":{'
@@ -80,13 +84,20 @@ def unpack_record(data: bytes, *, where: str = "record") -> Record:
     Raises:
       InputError: the checksum, the magic or the layout does not fit.
     """
-    if len(data) < 16 or data[:4] not in (_PLAIN, _COMPACT):
+    magic = bytes(data[:4])
+    if len(data) < 16 or (magic != _PLAIN and magic not in _ENTRIES_VERSION):
+        if re.fullmatch(rb"FJR\d", magic):
+            raise InputError(
+                f"{where} has format {magic.decode()}, this fusejax reads FJR1 to FJR{RECORD_FORMAT}; use the fusejax "
+                "that made it, or make the artefact again"
+            )
         raise InputError(f"{where} is not a fusejax record; run `fusejax verify` and make the artefact again")
     if xxhash.xxh3_64_intdigest(data[:-8]) != struct.unpack("<Q", data[-8:])[0]:
         raise InputError(f"{where} is damaged: its checksum does not fit; delete the shard and run the stage again")
     meta, start = _meta(data)
-    if data[:4] == _COMPACT:
-        return Record(meta["doc_id"], meta["header"], unpack_arrays(meta["arrays"], memoryview(data)[start:-8]))
+    if magic != _PLAIN:
+        arrays = unpack_arrays(meta["arrays"], memoryview(data)[start:-8], version=_ENTRIES_VERSION[magic])
+        return Record(meta["doc_id"], meta["header"], arrays)
     arrays = {}
     for name, (dtype, shape) in meta["arrays"].items():
         count = int(np.prod(shape, dtype=np.int64))
@@ -116,6 +127,6 @@ def _meta(data: bytes) -> tuple[dict[str, Any], int]:
     """The header of a record and where its body starts."""
     (length,) = struct.unpack("<I", data[4:8])
     head = data[8 : 8 + length]
-    if data[:4] == _COMPACT:
+    if data[:4] in _ENTRIES_VERSION:
         head = inflate(head, words=_WORDS)
     return json.loads(head), 8 + length

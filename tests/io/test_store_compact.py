@@ -1,5 +1,7 @@
 """The compact record: integers come back exactly, distributions nearly, and nothing is silently bent."""
 
+import base64
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,8 +69,7 @@ def test_integers_are_exact_and_little_divergence_is_lost(positions, entries, sp
     again = _round_trip(record)
     if positions:
         divergence = _divergence(record, again)
-        assert divergence.max() < 1e-3
-        assert divergence.mean() < 3e-4
+        assert divergence.max() < 2e-4
         steps = np.diff(again.arrays["topk_logprobs"], axis=1)
         assert not (steps > 0).any()  # still falling
         near = np.abs(again.arrays["realised_logprob"] - record.arrays["realised_logprob"])
@@ -77,10 +78,14 @@ def test_integers_are_exact_and_little_divergence_is_lost(positions, entries, sp
         np.testing.assert_allclose(mass, 1.0, atol=1e-4)
 
 
-def test_the_mean_divergence_is_far_below_the_promise():
-    record = _captured(np.random.default_rng(0), 2000, 10)
-    again = _round_trip(record)
-    assert _divergence(record, again).mean() < 3e-5
+@pytest.mark.parametrize("spread", [0.5, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("entries", [10, 32])
+def test_the_divergence_is_far_below_the_promise(entries, spread):
+    record = _captured(np.random.default_rng(0), 1000, entries, spread=spread)
+    lost = _divergence(record, _round_trip(record))
+    assert lost.mean() < 2e-5
+    assert np.quantile(lost, 0.99) < 6e-5
+    assert lost.max() < 1e-4
 
 
 def test_the_size_of_a_record():
@@ -94,7 +99,7 @@ def test_the_size_of_a_record():
 def test_wide_ids_widen_the_record_by_themselves(first_id):
     record = _captured(np.random.default_rng(1), 50, 4, first_id=first_id)
     again = _round_trip(record)
-    assert _divergence(record, again).max() < 1e-3
+    assert _divergence(record, again).max() < 2e-4
     _, width = encode_entries(record.arrays["topk_ids"], record.arrays["topk_logprobs"])
     assert width == (3 if record.arrays["topk_ids"].max() < NARROW_IDS else 4)
 
@@ -137,10 +142,12 @@ def test_aligned_records_with_empty_positions():
         "tokens": source["tokens"], "labels": source["labels"], "byte_ends": source["byte_ends"],
         "ids": ids, "logprobs": logprobs, "residual_logprob": residual, "status": (~empty).astype(np.int8),
         "source_byte_ends": np.arange(70, dtype=np.int32), "source_realised": -np.ones(70, np.float32),
+        "chain_logprob": np.where(empty, -np.inf, -rng.exponential(size=60)).astype(np.float32),
     }  # fmt: skip
     again = _round_trip(Record("d", {"n_bytes": 1}, arrays)).arrays
     np.testing.assert_array_equal(np.isinf(again["logprobs"]), ids < 0)
     np.testing.assert_array_equal(again["residual_logprob"][empty], 0.0)
+    np.testing.assert_allclose(again["chain_logprob"], arrays["chain_logprob"], rtol=1e-3)
     np.testing.assert_allclose(np.exp(again["logprobs"]), np.exp(logprobs), atol=0.02)
 
 
@@ -186,7 +193,28 @@ def test_impossible_entries_stay_impossible():
     mass = np.log(np.exp(logprobs).sum(1))
     found, read = decode_entries(data, width=width, rows=1, entries=4, log_mass=mass)
     np.testing.assert_array_equal(found, ids)
-    np.testing.assert_allclose(read, logprobs, atol=2e-3)
+    np.testing.assert_allclose(read, logprobs, atol=0.02)
+
+
+_OLD = (
+    b"MoLmLI{*Lxt41V`{G1f*Da0Hlez66Cv5pBS2#j?M@P`6O9abM0$Lbg&#UB1(GA0~O5c9x%Lo+3;!2?nP3;+Nm0000307MA@ECB$32LPl300;m"
+    b"8*aZMs1OQYC0F(#-bO!*W1^~2^V`TX6FyX<0eMcKkF#T-+0PUu&{Xp%z(E"
+)  # of a record of format FJR2
+
+
+def test_records_of_the_earlier_compact_format_are_read():
+    found = unpack_record(base64.b85decode(_OLD)).arrays
+    given = [[-0.5, -1.5, -3.0, -6.0], [-1.2, -1.3, -1.9, -2.5], [-0.01, -5.0, -8.0, -12.0]]
+    np.testing.assert_array_equal(found["topk_ids"], [[3, 9, 1, 7], [2, 0, 5, 4], [9, 8, 7, 6]])
+    np.testing.assert_array_equal(found["labels"], [9, 2, 30])
+    np.testing.assert_allclose(found["topk_logprobs"], given, rtol=0.02)
+    np.testing.assert_allclose(found["realised_logprob"], [-1.5, -1.2, -9.0], atol=1e-3)
+
+
+def test_a_later_format_is_refused_by_its_number():
+    data = pack_record(_captured(np.random.default_rng(6), 12, 3), codec="compact")
+    with pytest.raises(InputError, match="format FJR9, this fusejax reads FJR1 to FJR3"):
+        unpack_record(b"FJR9" + data[4:])
 
 
 def test_other_codecs_set_the_dtype():

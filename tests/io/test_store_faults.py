@@ -74,7 +74,7 @@ def test_damaged_records_are_numbered(tmp_path):
     assert shard_index(MANIFEST) is None
     assert damaged_records(path) == []
     data = bytearray(path.read_bytes())
-    data[data.rindex(b"FJR2") + 40] ^= 4
+    data[data.rindex(b"FJR3") + 40] ^= 4
     path.write_bytes(bytes(data))
     assert damaged_records(path) == [1]
     path.write_bytes(b"")

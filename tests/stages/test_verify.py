@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere_is_found_and_named(finished_run):
 
 def test_the_damaged_record_is_named(copy, capsys):
     shard = copy / "captured" / "a" / "records-00001.array_record"
-    _flip(shard, (shard.read_bytes().rindex(b"FJR2") + 30) * 8)
+    _flip(shard, (shard.read_bytes().rindex(b"FJR3") + 30) * 8)
     code, found, _ = _call(capsys, "verify", copy)
     assert code == 2
     (line,) = found["bad"]
