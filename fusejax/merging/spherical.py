@@ -3,18 +3,25 @@
 Directions and lengths of a matrix are merged apart: a linear average of nearly orthogonal matrices is shorter than
 any of them. Matrices are flattened to one vector unless said otherwise. Equal targets give themselves bit by bit.
 Where no direction is defined (opposite or zero matrices) the result is the linear average.
+
+All but `slerp` find factors of `gram.spanned` vectors from their inner products (the `*_factors` functions), and add
+the vectors up. Zero vectors have no direction and are left out of it, but count in the mean length.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
 from fusejax.errors import InputError
-from fusejax.merging.average import sum_targets, weighted_sum
+from fusejax.merging.average import weighted_sum
+from fusejax.merging.gram import gram, root, spanned
 from fusejax.types import Array
 
-__all__ = ["karcher", "multislerp", "nuslerp", "slerp"]
+__all__ = [
+    "karcher", "karcher_factors", "multislerp", "multislerp_factors", "nuslerp", "nuslerp_factors", "slerp",
+]  # fmt: skip
 
 _NEARLY_PARALLEL = 0.9995  # mergekit's; above it the sine is too small to divide by
+_SMALL = 1e-8  # the sine or length of what has no direction
 _SMALL_ANGLE = 1e-3  # below it arcs and chords agree in float32, and an arc cosine does not
 
 
@@ -58,17 +65,25 @@ def nuslerp(
     Returns:
       [...] float32, the merged matrix.
     """
-    start, end = targets if base is None else targets - base
-    axes = None if flatten else (0 if row_wise else -1)
-    weights = jnp.asarray(weights, targets.dtype)
+    axis = None if flatten else (0 if row_wise else -1)
+    vectors = spanned(base, targets)
+    merged = weighted_sum(nuslerp_factors(gram(vectors, axis), jnp.asarray(weights, targets.dtype)), vectors)
+    return merged if base is None else jnp.where(_all_equal(targets), targets[0], base + merged)
+
+
+def nuslerp_factors(products: Array, weights: Array) -> Array:
+    """Returns the factors [2, ...] of the start and of what leads from it to the end, of their products [2, 2, ...]."""
     total = weights[0] + weights[1]
     t = jnp.where(total == 0, 0.5, weights[1] / jnp.where(total == 0, 1, total))
-    angle, sine = _angle(start, end, axes)
-    straight = sine < 1e-8
-    sine = jnp.where(straight, 1, sine)
-    arc = (jnp.sin((1 - t) * angle) * start + jnp.sin(t * angle) * end) / sine
-    merged = jnp.where(straight, start + t * (end - start), arc)
-    return merged if base is None else jnp.where(_all_equal(targets), targets[0], base + merged)
+    along, across = (products[i, 1] / _nonzero(products[0, 0]) for i in range(2))
+    length = 1 + 2 * along + across  # squared, of the end; the start has 1
+    cosine, sine = 1 + along, root(across - jnp.square(along))
+    undirected = (products[0, 0] == 0) | (length <= 0)
+    angle = jnp.where(undirected, jnp.pi / 2, jnp.arctan2(sine, jnp.where(undirected, 1, cosine)))
+    straight = jnp.sin(angle) < _SMALL
+    sine = jnp.where(straight, 1, jnp.sin(angle))
+    from_end = jnp.where(straight, t, jnp.sin(t * angle) / sine)
+    return jnp.stack([jnp.where(straight, 1, jnp.sin((1 - t) * angle) / sine + from_end), from_end])
 
 
 def multislerp(base: Array | None, targets: Array, *, weights: Array, normalize_weights: bool = True) -> Array:
@@ -86,12 +101,18 @@ def multislerp(base: Array | None, targets: Array, *, weights: Array, normalize_
     Returns:
       [...] float32, the merged matrix.
     """
+    vectors = spanned(base, targets)
     weights = jnp.asarray(weights, targets.dtype)
-    weights = weights / jnp.sum(weights) if normalize_weights else weights
-    vectors = targets if base is None else targets - base
-    merged = _along(weighted_sum(weights, _units(vectors)), weights, vectors)
+    merged = weighted_sum(multislerp_factors(gram(vectors), weights, normalize_weights=normalize_weights), vectors)
     merged = merged if base is None else base + merged
     return jnp.where(_all_equal(targets), targets[0], merged) if normalize_weights else merged
+
+
+def multislerp_factors(products: Array, weights: Array, *, normalize_weights: bool = True) -> Array:
+    """Returns the factors [J] of `gram.spanned` vectors for `multislerp`, from their products [J, J]."""
+    weights = weights / jnp.sum(weights) if normalize_weights else weights
+    inputs, lengths = _inputs(products)
+    return _along(weighted_sum(weights, _units(inputs, lengths)), weights, inputs, lengths, products)
 
 
 def karcher(base: Array | None, targets: Array, *, max_iter: int = 10, tol: float = 1e-5) -> Array:
@@ -107,69 +128,76 @@ def karcher(base: Array | None, targets: Array, *, max_iter: int = 10, tol: floa
       [...] float32, the merged matrix.
     """
     del base
-    units = _units(targets)
-    weights = jnp.full(len(targets), 1 / len(targets), targets.dtype)
+    vectors = spanned(None, targets)
+    merged = weighted_sum(karcher_factors(gram(vectors), max_iter=max_iter, tol=tol), vectors)
+    return jnp.where(_all_equal(targets), targets[0], merged)
+
+
+def karcher_factors(products: Array, *, max_iter: int = 10, tol: float = 1e-5) -> Array:
+    """Returns the factors [J] of `gram.spanned` vectors for `karcher`, from their products [J, J]."""
+    count = len(products)
+    weights = jnp.full(count, 1 / count, products.dtype)
+    inputs, lengths = _inputs(products)
+    units = _units(inputs, lengths)
     mean = weighted_sum(weights, units)
 
-    def unfinished(state):
-        step, length, _ = state
-        return (step < max_iter) & (length >= tol)
+    def improve(_, state):
+        point, finished = state
+        tangent = weighted_sum(weights, jnp.stack([_towards(point, unit, products) for unit in units]))
+        step = root(_inner(tangent, tangent, products))
+        moved = jnp.cos(step) * point + _sinc(step) * tangent
+        finished |= step < tol
+        return jnp.where(finished, point, moved / _nonzero(root(_inner(moved, moved, products)))), finished
 
-    def improve(state):
-        step, _, point = state
-        tangent = sum_targets(jnp.stack([_towards(point, unit) for unit in units])) / len(targets)
-        length = _norm(tangent)
-        moved = jnp.cos(length) * point + _sinc(length) * tangent
-        return step + 1, length, jnp.where(length >= tol, moved / _nonzero(_norm(moved)), point)
-
-    start = (jnp.int32(0), jnp.full_like(mean, jnp.inf, shape=()), mean / _nonzero(_norm(mean)))
-    point = lax.while_loop(unfinished, improve, start)[2]
-    return jnp.where(_all_equal(targets), targets[0], _along(jnp.where(_norm(mean) == 0, 0, point), weights, targets))
-
-
-def _norm(x: Array, axes: int | None = None) -> Array:
-    squares = jnp.square(x)
-    total = jnp.sum(squares, axis=axes, keepdims=axes is not None)
-    # The sum again about the mean: a plain float32 sum was 5e-6 off for 1024 elements, which scales the result.
-    count = x.size // max(total.size, 1)
-    mean = total / count
-    squares = count * mean + jnp.sum(squares - mean, axis=axes, keepdims=axes is not None)
-    return jnp.where(squares == 0, 0, jnp.sqrt(_nonzero(squares)))  # with a gradient at 0
+    # A fixed number of steps, which a gradient can be taken through; they cost nothing beside the products.
+    start = mean / _nonzero(root(_inner(mean, mean, products)))
+    point, _ = lax.fori_loop(0, max_iter, improve, (start, jnp.zeros((), bool)))
+    undirected = _inner(mean, mean, products) <= _SMALL**2
+    return _along(jnp.where(undirected, 0, point), weights, inputs, lengths, products)
 
 
 def _nonzero(x: Array) -> Array:
     return jnp.where(x == 0, 1, x)
 
 
-def _units(vectors: Array) -> Array:
-    return jnp.stack([x / _nonzero(_norm(x)) for x in vectors])
-
-
 def _all_equal(targets: Array) -> Array:
     return jnp.all(targets == targets[0])
 
 
-def _along(direction: Array, weights: Array, vectors: Array) -> Array:
-    """The direction with the weighted mean length of the vectors; their linear mean if there is no direction."""
-    norm = _norm(direction)
-    length = sum(weights[j] * _norm(vectors[j]) for j in range(len(vectors)))
-    return jnp.where(norm < 1e-8, weighted_sum(weights, vectors), direction * (length / _nonzero(norm)))
+def _inner(x: Array, y: Array, products: Array) -> Array:
+    """The inner product of two combinations [J]; not by dot products, which accelerators round."""
+    return jnp.sum(x[:, None] * products * y[None, :])
 
 
-def _angle(start: Array, end: Array, axes: int | None) -> tuple[Array, Array]:
-    """The angle between two vectors and its sine, from the chord, which small angles do not cancel in."""
-    one, other = (x / _nonzero(_norm(x, axes)) for x in (start, end))
-    angle = 2 * jnp.arctan2(_norm(one - other, axes), _norm(one + other, axes))
-    angle = jnp.where((_norm(start, axes) == 0) | (_norm(end, axes) == 0), jnp.pi / 2, angle)
-    return angle, jnp.sin(angle)
+def _inputs(products: Array) -> tuple[Array, Array]:
+    """The inputs as combinations [J, J] of the spanning vectors, and their lengths [J]."""
+    inputs = jnp.eye(len(products), dtype=products.dtype).at[:, 0].set(1)
+    squares = products[0, 0] + 2 * products[0] + jnp.diagonal(products)
+    return inputs, root(squares.at[0].set(products[0, 0]))
 
 
-def _towards(point: Array, unit: Array) -> Array:
+def _units(inputs: Array, lengths: Array) -> Array:
+    return jnp.where(lengths[:, None] == 0, 0, inputs / _nonzero(lengths)[:, None])
+
+
+def _along(direction: Array, weights: Array, inputs: Array, lengths: Array, products: Array) -> Array:
+    """The direction with the weighted mean length of the inputs; their linear mean if there is no direction."""
+    norm = root(_inner(direction, direction, products))
+    straight = norm < _SMALL
+    return jnp.where(
+        straight,
+        weighted_sum(weights, inputs),
+        direction * (jnp.sum(weights * lengths) / jnp.where(straight, 1, norm)),
+    )
+
+
+def _towards(point: Array, unit: Array, products: Array) -> Array:
     """The tangent at `point` whose arc ends at `unit`."""
-    cosine = jnp.clip(jnp.sum(point * unit), -1, 1)
+    cosine = jnp.clip(_inner(point, unit, products), -1, 1)
     across = unit - cosine * point
-    sine = _norm(across)
-    return across * jnp.where(sine < 1e-8, 1, jnp.arctan2(sine, cosine) / _nonzero(sine))
+    sine = root(_inner(across, across, products))
+    small = sine < _SMALL
+    return across * jnp.where(small, 1, jnp.arctan2(sine, cosine) / jnp.where(small, 1, sine))
 
 
 def _sinc(angle: Array) -> Array:

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from fusejax.merging.average import sum_targets
+from fusejax.merging.gram import gram, root
 from fusejax.types import Array
 
-__all__ = ["model_stock", "model_stock_ratio"]
+__all__ = ["model_stock", "stock_ratio"]
 
 _SINGULAR = 1e-6  # exactly opposite targets have no direction to go to; rounding leaves a little of it
 
@@ -23,22 +24,19 @@ def model_stock(base: Array, targets: Array, *, filter_wise: bool = False) -> Ar
       singular. cos is the mean over the pairs of targets; that of a target that did not change is 0.
     """
     differences = targets - base
-    ratio = model_stock_ratio(differences, filter_wise=filter_wise)
+    ratio = stock_ratio(gram(differences, -1 if filter_wise else None))
     return base + ratio * (sum_targets(differences) / len(targets))
 
 
-def model_stock_ratio(differences: Array, *, filter_wise: bool) -> Array:
-    """Returns t for task vectors [J, ...], with dimensions of size 1 wherever one t holds for an axis."""
-    axes = (-1,) if filter_wise else tuple(range(-(differences.ndim - 1), 0))
-    count = len(differences)
-    squares = jnp.sum(jnp.square(differences), axis=axes, keepdims=True)
-    norms = jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))  # with a gradient at 0
+def stock_ratio(products: Array) -> Array:
+    """Returns t, [...], for the inner products [J, J, ...] of the task vectors."""
+    count = len(products)
+    norms = [root(products[i, i]) for i in range(count)]
     cosines = []
     for i in range(count):
         for j in range(i):
             product = norms[i] * norms[j]
-            inner = jnp.sum(differences[i] * differences[j], axis=axes, keepdims=True)
-            cosines.append(inner / jnp.where(product == 0, 1, product))
+            cosines.append(products[i, j] / jnp.where(product == 0, 1, product))
     cosine = sum(cosines[1:], start=cosines[0]) / len(cosines)
     below = 1 + (count - 1) * cosine
     singular = jnp.abs(below) < _SINGULAR
