@@ -1,7 +1,7 @@
 """The parts of a decoder layer, as functions of arrays.
 
 Norms, rotations and softmax are computed in float32 whatever the activations are. `attention` is the one
-door to the attention implementation. Not here: a cache for generation, and dropout.
+door to the attention implementation. Not here: dropout.
 """
 
 import math
@@ -52,8 +52,10 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1).astype(x.dtype)
 
 
-def alibi_bias(num_heads: int, length: int, *, bias_max: float) -> jax.Array:
-    """Returns the linear biases `[1, N, T, T]` (float32) of Press et al., arXiv:2108.12409, as MPT has them.
+def alibi_bias(num_heads: int, length: int, *, bias_max: float, rows: jax.Array | None = None) -> jax.Array:
+    """Returns the linear biases `[1, N, T, S]` (float32) of Press et al., arXiv:2108.12409, as MPT has them.
+
+    S is `length`, and the T queries stand at the positions `rows` of it: all of them by default.
 
     A key d positions back costs `slope * d`; the slopes of N heads are `2 ** -(bias_max * i / N)` for N a power
     of two, and every second one of the next power first otherwise. Rows count positions: within a segment the
@@ -64,25 +66,32 @@ def alibi_bias(num_heads: int, length: int, *, bias_max: float) -> jax.Array:
     if power != num_heads:
         slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
     index = jnp.arange(length)
-    distance = (index[:, None] - index[None, :]).astype(jnp.float32)
+    distance = ((index if rows is None else rows)[:, None] - index[None, :]).astype(jnp.float32)
     return -jnp.asarray(slopes, jnp.float32)[None, :, None, None] * distance
 
 
-def attention_mask(segment_ids: jax.Array, *, sliding_window: int | None = None) -> jax.Array:
-    """Returns which keys `[B, 1, T, T]` each query may read: earlier ones of its own segment.
+def attention_mask(
+    segment_ids: jax.Array,
+    *,
+    sliding_window: int | None = None,
+    queries: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Returns which keys `[B, 1, T, S]` each query may read: earlier ones of its own segment.
 
     Padding is a segment of its own (0), so that no query is left without a key and nothing becomes NaN.
 
     Args:
-        segment_ids: `[B, T]` int32.
+        segment_ids: `[B, S]` int32 of the keys.
         sliding_window: a query sees itself and the `sliding_window - 1` positions before it.
+        queries, rows: segments `[B, T]` and positions `[T]` of the queries; those of the keys by default.
     """
-    length = segment_ids.shape[-1]
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    keys = jnp.arange(segment_ids.shape[-1])
+    distance = (keys if rows is None else rows)[:, None] - keys[None, :]
     visible = distance >= 0
     if sliding_window is not None:
         visible &= distance < sliding_window
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    same = (segment_ids if queries is None else queries)[:, :, None] == segment_ids[:, None, :]
     return (visible[None] & same)[:, None]
 
 
@@ -95,10 +104,10 @@ def attention(
 
     Args:
         q: `[B, T, N, H]`.
-        k, v: `[B, T, Nkv, H]`, Nkv divides N.
-        mask: `[B, 1, T, T]` bool, true where a query may read a key.
+        k, v: `[B, S, Nkv, H]`, Nkv divides N; S is T but where a cache is read.
+        mask: `[B, 1, T, S]` bool, true where a query may read a key.
         layout: where the arrays lie.
-        bias: `[1, N, T, T]` float32, added to the scores.
+        bias: `[1, N, T, S]` float32, added to the scores.
     """
     if layout.mesh is None:
         return _attend(q, k, v, mask, bias)

@@ -12,7 +12,8 @@ tree of a module's state is the parameter tree again. Of NNX only Module and Par
 transforms, its optimiser, partitioning metadata or mutable state.
 
 Layers are stacked and scanned, so that compile time does not grow with depth. Parameters may be kept in any
-dtype; they are cast to `cfg.dtype` where they are used. Not here: a cache, sampling, the router's auxiliary loss.
+dtype; they are cast to `cfg.dtype` where they are used. `cached_states` is the same decoder over a cache of keys
+and values, for `fusejax.models.generation`. Not here: sampling, the router's auxiliary loss.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ from fusejax.models.layers import (
 from fusejax.models.rope import rope_tables
 from fusejax.parallel.sharding import Layout, ShardingRules
 
-__all__ = ["Llama", "head_kernel", "hidden_states", "logits"]
+__all__ = ["Cache", "Llama", "cached_states", "head_kernel", "hidden_states", "logits"]
 
 Tree = Mapping[str, Any]
 _STREAM = ("batch", "seq", None)
@@ -46,9 +47,27 @@ _STREAM = ("batch", "seq", None)
 class Reading(NamedTuple):
     """Who reads whom, and how positions enter; the same for all layers, but for `mask`."""
 
-    mask: jax.Array  # [B, 1, T, T] bool
+    mask: jax.Array  # [B, 1, T, S] bool; S keys, T of them without a cache
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin [B, T, R / 2]
-    bias: jax.Array | None  # [1, N, T, T]
+    bias: jax.Array | None  # [1, N, T, S]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers in slots; slot j of a row holds what its j-th column said."""
+
+    keys: jax.Array  # [L, B, S, Nkv, H]
+    values: jax.Array  # [L, B, S, Nkv, H]
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, rows: int, slots: int) -> "Cache":
+        """Returns a cache of zeros in `cfg.dtype`."""
+        shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_dim)
+        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+
+    def put(self, keys: jax.Array, values: jax.Array, slot: jax.Array) -> "Cache":
+        """Writes `[B, T, Nkv, H]` from `slot` on into one layer's `[B, S, Nkv, H]`."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        return Cache(update(self.keys, keys, slot, axis=1), update(self.values, values, slot, axis=1))
 
 
 class Linear(nnx.Module):
@@ -82,14 +101,19 @@ class Attention(nnx.Module):
         self.o = Linear(params["o"], ("heads", "head_dim", "embed"), inputs=2)
         self.clip = clip
 
-    def __call__(self, x: jax.Array, reading: Reading, layout: Layout) -> jax.Array:
-        """Returns the mixed values `[B, T, D]` of `x` `[B, T, D]`."""
+    def __call__(
+        self, x: jax.Array, reading: Reading, layout: Layout, *, cache: Cache | None = None, slot: Any = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns the mixed values `[B, T, D]` of `x` `[B, T, D]`, and the layer's cache with them in it."""
         q, k, v = (project(x, layout) for project in (self.q, self.k, self.v))
         if self.clip:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         if reading.rotation is not None:
             q, k = (apply_rope(y, *reading.rotation) for y in (q, k))
-        return self.o(attention(q, k, v, reading.mask, layout, bias=reading.bias), layout)
+        if cache is not None:
+            cache = cache.put(k, v, slot)
+            k, v = cache
+        return self.o(attention(q, k, v, reading.mask, layout, bias=reading.bias), layout), cache
 
 
 class Mlp(nnx.Module):
@@ -162,10 +186,13 @@ class Layer(nnx.Module):
         self.mlp = SparseMlp(mlp, block) if block.num_experts else Mlp(mlp, activation=block.activation)
         self.parallel = block.parallel_residual
 
-    def __call__(self, x: jax.Array, reading: Reading, layout: Layout) -> jax.Array:
-        """Returns the residual stream `[B, T, D]` after this layer."""
-        mixed = x + self.attention(self.attention_norm(x, layout), reading, layout)
-        return mixed + self.mlp(self.mlp_norm(x if self.parallel else mixed, layout), layout)
+    def __call__(
+        self, x: jax.Array, reading: Reading, layout: Layout, *, cache: Cache | None = None, slot: Any = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns the residual stream `[B, T, D]` after this layer, and the layer's cache."""
+        attended, cache = self.attention(self.attention_norm(x, layout), reading, layout, cache=cache, slot=slot)
+        mixed = x + attended
+        return mixed + self.mlp(self.mlp_norm(x if self.parallel else mixed, layout), layout), cache
 
 
 class Embed(nnx.Module):
@@ -187,29 +214,59 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, layout: Layout) -> jax.Array:
         """Returns the hidden states `[B, T, D]` after the last norm."""
+        cfg, whole = self.cfg, None
+        mask = attention_mask(segment_ids, sliding_window=cfg.sliding_window)
+        if self._some_ignore_the_window:
+            whole = attention_mask(segment_ids)
+        bias = self._bias(jnp.arange(tokens.shape[1]), tokens.shape[1])
+        return self._decode(tokens, self._reading(positions, mask, bias), whole, layout)[0]
+
+    def continued(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache, slot: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Returns what `cached_states` does."""
+        cfg, whole = self.cfg, None
+        rows, slots = slot + jnp.arange(tokens.shape[1]), segment_ids.shape[1]
+        queries = jax.lax.dynamic_slice_in_dim(segment_ids, slot, tokens.shape[1], axis=1)
+        mask = attention_mask(segment_ids, sliding_window=cfg.sliding_window, queries=queries, rows=rows)
+        if self._some_ignore_the_window:
+            whole = attention_mask(segment_ids, queries=queries, rows=rows)
+        reading = self._reading(positions, mask, self._bias(rows, slots))
+        layout = Layout(None, ShardingRules())
+        hidden, cache = self._decode(tokens, reading, whole, layout, cache=cache, slot=slot)
+        return hidden, cache
+
+    def _decode(
+        self, tokens: jax.Array, reading: Reading, whole: jax.Array | None, layout: Layout, **cached: Any
+    ) -> tuple[jax.Array, Any]:
+        """Runs the layers; `whole` is the mask of those that ignore the sliding window."""
         cfg = self.cfg
         table = layout.gathered(self.embed.embedding[...], ("vocab", "embed"))
         x = layout.take_rows(table, tokens, _STREAM).astype(cfg.dtype)
-        reading = self._reading(tokens.shape[1], positions, segment_ids)
-        whole = None  # the mask of the layers that ignore the sliding window
-        if cfg.sliding_window is not None and cfg.block.full_attention_layers:
-            whole = attention_mask(segment_ids)
 
-        def step(x: jax.Array, layer: tuple[Layer, jax.Array | None]) -> tuple[jax.Array, None]:
-            module, ignores = layer
+        def step(x: jax.Array, layer: tuple[Layer, jax.Array | None, Cache | None]) -> tuple[jax.Array, Cache | None]:
+            module, ignores, cache = layer
             if whole is None or ignores is None:
-                return module(x, reading, layout), None
-            return module(x, reading._replace(mask=jnp.where(ignores, whole, reading.mask)), layout), None
+                return module(x, reading, layout, cache=cache, slot=cached.get("slot"))
+            mask = jnp.where(ignores, whole, reading.mask)
+            return module(x, reading._replace(mask=mask), layout, cache=cache, slot=cached.get("slot"))
 
         ignores = None if whole is None else jnp.arange(cfg.num_layers) < cfg.block.full_attention_layers
-        x, _ = jax.lax.scan(_rematerialised(step, cfg.remat), x, (self.layers, ignores))
-        return self.final_norm(x, layout)
+        x, cache = jax.lax.scan(_rematerialised(step, cfg.remat), x, (self.layers, ignores, cached.get("cache")))
+        return self.final_norm(x, layout), cache
 
-    def _reading(self, length: int, positions: jax.Array, segment_ids: jax.Array) -> Reading:
-        cfg, block = self.cfg, self.cfg.block
-        mask = attention_mask(segment_ids, sliding_window=cfg.sliding_window)
-        if block.alibi_bias_max:
-            return Reading(mask, None, alibi_bias(cfg.num_heads, length, bias_max=block.alibi_bias_max))
+    @property
+    def _some_ignore_the_window(self) -> bool:
+        return self.cfg.sliding_window is not None and bool(self.cfg.block.full_attention_layers)
+
+    def _bias(self, rows: jax.Array, keys: int) -> jax.Array | None:
+        largest = self.cfg.block.alibi_bias_max
+        return alibi_bias(self.cfg.num_heads, keys, bias_max=largest, rows=rows) if largest else None
+
+    def _reading(self, positions: jax.Array, mask: jax.Array, bias: jax.Array | None) -> Reading:
+        cfg = self.cfg
+        if bias is not None:
+            return Reading(mask, None, bias)
         rotation = rope_tables(cfg.rope, positions, head_dim=cfg.rotary_dim, max_positions=cfg.max_positions)
         return Reading(mask, rotation, None)
 
@@ -237,6 +294,27 @@ def hidden_states(
     """
     layout = Layout(mesh, rules or ShardingRules())
     return Llama(params, cfg)(tokens, positions, segment_ids, layout)
+
+
+def cached_states(
+    params: Tree,
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    cache: Cache,
+    slot: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Returns the hidden states `[B, T, D]` of T tokens that follow what the cache holds, and the cache with them.
+
+    Args:
+        params, cfg: as for `hidden_states`; one device.
+        tokens, positions: `[B, T]` int32, of the columns `slot` to `slot + T`.
+        segment_ids: `[B, S]` int32 of every slot: 1 where a row reads it, 0 where it is padding.
+        cache: filled in the slots before `slot`.
+        slot: int32 scalar.
+    """
+    return Llama(params, cfg).continued(tokens, positions, segment_ids, cache, slot)
 
 
 def head_kernel(params: Tree, cfg: ModelConfig) -> tuple[jax.Array, str]:
