@@ -1,7 +1,9 @@
-"""What this installation consists of: versions, devices, cores, memory and the flags that JAX was given.
+"""What this installation consists of, and which settings its compilers take.
 
-The first thing to read in a report of a defect, and the one stage that needs no configuration. It starts
-JAX's backend, as that is the only way to learn which devices there are, and touches nothing else.
+The first thing to read in a report of a defect, and the one stage that needs no configuration. Flags are tried in
+processes of their own (`fusejax.stages.flags`); only then JAX's backend starts, as that is the only way to learn which
+devices there are and how much memory they have. With `--flags` it does not start at all: what is printed there is for
+the process that will use the device.
 """
 
 import importlib.metadata
@@ -9,20 +11,29 @@ import io
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import jax
 
 import fusejax
+from fusejax.errors import InputError
+from fusejax.parallel.flags import FLAG_VARIABLES, Setting, load_settings, setting_kinds
 from fusejax.stages.command import Result, parser
+from fusejax.stages.flags import Verdict, detect_device, export_lines, judge, kind_of, resolve_kind
 
 __all__ = ["command", "print_environment", "run"]
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array_record", "numpy", "transformers", "tokenizers"),
     *("sentencepiece", "safetensors", "datasets", "pydantic", "tyro", "torch"),
+    *("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "libtpu"),
 )
-VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_COMPILATION_CACHE_DIR", "HF_HUB_OFFLINE")
+VARIABLES = (
+    *("JAX_PLATFORMS", *FLAG_VARIABLES, "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR"),
+    *("CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "HF_HUB_OFFLINE"),
+    *("FUSEJAX_DISTRIBUTED", "FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS", "FUSEJAX_LOCAL_DEVICES"),
+)
 
 
 def run() -> dict[str, Any]:
@@ -30,16 +41,37 @@ def run() -> dict[str, Any]:
 
     Returns:
         A JSON-able dict: `fusejax`, `python`, `platform`, `packages` (name -> version, or None where it is not
-        installed), `backend`, `devices` (id, kind, process of each), `cpu_count` (cores this process may use),
-        `memory_bytes` (physical memory, or None where the system does not say) and `variables` that are set.
+        installed), `kind` (whose settings fit this machine), `settings` (every flag and variable that fusejax knows, with
+        `verdict`, `note` and `kinds`), `backend`, `devices`
+        (id, kind, process and memory in bytes of each, None where the device does not say), `cpu_count` (cores this
+        process may use), `memory_bytes` (physical memory, or None) and `variables` that are set.
+
+    Raises:
+        InputError: the environment holds a flag at which every process would end.
     """
+    own = [Setting(name, word, "", "") for name in FLAG_VARIABLES for word in os.environ.get(name, "").split()]
+    kinds = {kind: load_settings(kind).settings for kind in setting_kinds()}
+    every = list(dict.fromkeys(setting for settings in kinds.values() for setting in settings))
+    verdicts = judge([*own, *every])
+    refused = [v for v in verdicts[: len(own)] if v.accepted is False]
+    if refused:
+        problems = "; ".join(f"{v.setting.value} in {v.setting.variable}: {v.note}" for v in refused)
+        raise InputError(f"JAX would end the process at {problems}. Remove it from the environment")
     return {
         "fusejax": fusejax.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "kind": kind_of(detect_device()),
+        "settings": [
+            {**_row(verdict), "kinds": sorted(kind for kind, settings in kinds.items() if verdict.setting in settings)}
+            for verdict in verdicts[len(own) :]
+        ],
         "backend": jax.default_backend(),
-        "devices": [{"id": d.id, "kind": d.device_kind, "process": d.process_index} for d in jax.devices()],
+        "devices": [
+            {"id": d.id, "kind": d.device_kind, "process": d.process_index, "memory_bytes": _device_memory(d)}
+            for d in jax.devices()
+        ],
         "cpu_count": _cpu_count(),
         "memory_bytes": _memory_bytes(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -48,9 +80,16 @@ def run() -> dict[str, Any]:
 
 def command(name: str, words: list[str]) -> Result:
     """`fusejax env`."""
-    parser(name, "Versions, devices, cores and memory of this installation, for a report of a defect.").parse_args(
-        words
+    arguments = parser(name, "Versions, devices, memory, and the flags that the installed compilers take.")
+    arguments.add_argument(
+        "--flags",
+        metavar="KIND",
+        help=f"print only `export` lines, for eval, of what is accepted: auto, {', '.join(setting_kinds())}, or a .yaml "
+        "file of that form",
     )
+    asked = arguments.parse_args(words).flags
+    if asked is not None:
+        return _flags(asked)
     info, text = run(), io.StringIO()
     print_environment(info, file=text)
     return Result(info, text.getvalue().rstrip())
@@ -58,22 +97,57 @@ def command(name: str, words: list[str]) -> Result:
 
 def print_environment(info: dict[str, Any], *, file: TextIO | None = None) -> None:
     """Prints what `run` returned as aligned lines, for reading and for pasting into a report."""
-    memory = info["memory_bytes"]
-    kinds: dict[str, int] = {}
+    devices: dict[tuple[str, int | None], int] = {}
     for device in info["devices"]:
-        kinds[device["kind"]] = kinds.get(device["kind"], 0) + 1
+        key = (device["kind"], device["memory_bytes"])
+        devices[key] = devices.get(key, 0) + 1
     rows = [
         ("fusejax", info["fusejax"]),
         ("python", f"{info['python']} on {info['platform']}"),
         *((name, version or "not installed") for name, version in info["packages"].items()),
-        ("devices", ", ".join(f"{n} x {kind}" for kind, n in kinds.items()) + f" ({info['backend']})"),
+        ("devices", ", ".join(f"{n} x {kind}{_size(size)}" for (kind, size), n in devices.items())),
+        ("backend", info["backend"]),
         ("cores", str(info["cpu_count"])),
-        ("memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"),
+        ("memory", "unknown" if info["memory_bytes"] is None else f"{info['memory_bytes'] / 2**30:.1f} GiB"),
         *info["variables"].items(),
+        ("settings for", f'{info["kind"]}: eval "$(fusejax env --flags {info["kind"]})"'),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}", file=file or sys.stdout)
+    print("\nflags that fusejax knows, tried on the installed compilers:", file=file or sys.stdout)
+    for row in info["settings"]:
+        if row["variable"] in FLAG_VARIABLES:
+            print(f"  {row['verdict']:<11}  {row['value']}  ({', '.join(row['kinds'])})", file=file or sys.stdout)
+
+
+def _flags(kind: str) -> Result:
+    """The lines to evaluate; what is left out is named on standard error."""
+    found = resolve_kind(kind)
+    verdicts = judge(found.settings)
+    _say_left_out(verdicts)
+    lines = export_lines(verdicts)
+    return Result({"kind": found.kind, "export": lines, "settings": [_row(verdict) for verdict in verdicts]}, lines)
+
+
+def _say_left_out(verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        if not verdict.accepted:
+            print(f"fusejax: left out {verdict.setting.value}: {verdict.note}", file=sys.stderr)
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    words = {True: "accepted", False: "rejected", None: "not checked"}
+    return {**verdict.setting._asdict(), "verdict": words[verdict.accepted], "note": verdict.note}
+
+
+def _device_memory(device: Any) -> int | None:
+    stats = device.memory_stats()  # None on CPUs
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+
+
+def _size(memory: int | None) -> str:
+    return "" if memory is None else f" with {memory / 2**30:.1f} GiB usable"
 
 
 def _version(name: str) -> str | None:

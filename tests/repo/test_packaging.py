@@ -121,6 +121,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     info = f"fusejax-{fusejax.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {*PACKAGES, info}
     expected = {str(path.relative_to(ROOT)) for path in sources(*PACKAGES)} | {f"{name}/py.typed" for name in PACKAGES}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fusejax" / "parallel" / "flags").glob("*.yaml")}
     assert {name for name in names if not name.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
