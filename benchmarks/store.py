@@ -38,7 +38,7 @@ _LIMITS = {10: 36.0, 32: 105.0}
 class _Encoded:
     def __init__(self, ids):
         self.tokens, self.labels = ids[:-1], ids[1:]
-        self.byte_ends, self.n_bytes = np.arange(len(ids) - 1) * 4, 4 * len(ids)
+        self.byte_ends, self.n_bytes, self.exact = np.arange(len(ids) - 1) * 4, 4 * len(ids), True
 
 
 def material(name: str, documents: int):

@@ -29,7 +29,11 @@ class CaptureConfig(Config):
         description="How distributions are stored: 3 bytes per entry, or log-probabilities as float16 or float32.",
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Dtype of activations.")
-    shard_size: int = Field(default=256, ge=1, description="Documents per shard; a killed run loses at most one shard.")
+    shard_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Documents per shard; a killed run loses at most one shard. None: as many as make about 8 MiB.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -27,9 +27,8 @@ Codec = Literal["compact", "float16", "float32"]
 CODECS: tuple[str, ...] = get_args(Codec)
 RECORD_FORMAT = 3  # of what is written
 _PLAIN, _COMPACT = b"FJR1", b"FJR3"
-_ENTRIES_VERSION = {b"FJR2": 1, _COMPACT: 2}  # compact forms
 _DTYPES = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float16", "float32", "float64"}
-_WORDS = (
+_EARLIER_WORDS = (
     b'{"doc_id":"","header":{"n_bytes":,"source_nll_nats":,"aligned":,"dropped":,"conditioned":"nll_nats":},"arrays":{'
     b'"weights":["float32",[,1]],"partition":["int32",[,1]],"mask":["int8",[]],"status":["int8",[]],'
     b'"source_byte_ends":["int32",[],"uint8"],"source_realised":["float32",[]],'
@@ -37,6 +36,10 @@ _WORDS = (
     b'[,10]],"residual_logprob":["float32",[]],"realised_logprob":["float32",[]],"labels":["int32",[]],'
     b'"tokens":["int32",[]],"byte_ends":["int32",[],"uint8"]}}'
 )
+_WORDS = b'"chain_logprob":["float32",[]],,"exact":true},"arrays":' + _EARLIER_WORDS  # the likeliest words come last
+
+
+_VERSIONS = {b"FJR2": (1, _EARLIER_WORDS), _COMPACT: (2, _WORDS)}  # of entries, and the header's dictionary
 
 
 class Record(NamedTuple):
@@ -85,7 +88,7 @@ def unpack_record(data: bytes, *, where: str = "record") -> Record:
       InputError: the checksum, the magic or the layout does not fit.
     """
     magic = bytes(data[:4])
-    if len(data) < 16 or (magic != _PLAIN and magic not in _ENTRIES_VERSION):
+    if len(data) < 16 or (magic != _PLAIN and magic not in _VERSIONS):
         if re.fullmatch(rb"FJR\d", magic):
             raise InputError(
                 f"{where} has format {magic.decode()}, this fusejax reads FJR1 to FJR{RECORD_FORMAT}; use the fusejax "
@@ -96,7 +99,7 @@ def unpack_record(data: bytes, *, where: str = "record") -> Record:
         raise InputError(f"{where} is damaged: its checksum does not fit; delete the shard and run the stage again")
     meta, start = _meta(data)
     if magic != _PLAIN:
-        arrays = unpack_arrays(meta["arrays"], memoryview(data)[start:-8], version=_ENTRIES_VERSION[magic])
+        arrays = unpack_arrays(meta["arrays"], memoryview(data)[start:-8], version=_VERSIONS[magic][0])
         return Record(meta["doc_id"], meta["header"], arrays)
     arrays = {}
     for name, (dtype, shape) in meta["arrays"].items():
@@ -127,6 +130,6 @@ def _meta(data: bytes) -> tuple[dict[str, Any], int]:
     """The header of a record and where its body starts."""
     (length,) = struct.unpack("<I", data[4:8])
     head = data[8 : 8 + length]
-    if data[:4] in _ENTRIES_VERSION:
-        head = inflate(head, words=_WORDS)
+    if found := _VERSIONS.get(bytes(data[:4])):
+        head = inflate(head, words=found[1])
     return json.loads(head), 8 + length

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusejax.errors import InputError
 from fusejax.types import TopK
 
 
@@ -32,7 +33,9 @@ class _Batch(NamedTuple):
     count: int  # rows, padding rows included
 
 
-def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int, row_multiple: int = 1) -> list[_Batch]:
+def window_batches(
+    lengths: Sequence[int], *, context: int, batch_tokens: int, row_multiple: int = 1, shares: int = 1
+) -> list[_Batch]:
     """Groups the windows of documents into batches of few different shapes.
 
     Args:
@@ -40,6 +43,7 @@ def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int, r
       context: most positions in a window.
       batch_tokens: positions in a batch, padding included, rounded up where rows must be a multiple.
       row_multiple: the rows of every batch are a multiple of this, the devices that share them.
+      shares: processes that divide those devices, and with them the rows, evenly.
     """
     if context < 1 or batch_tokens < context:
         raise ValueError(f"context {context} must be at least 1 and at most batch_tokens {batch_tokens}")
@@ -51,7 +55,7 @@ def window_batches(lengths: Sequence[int], *, context: int, batch_tokens: int, r
             groups[next(b for b in buckets if b >= stop - start)].append((document, start, stop))
     batches = []
     for bucket, rows in groups.items():
-        count = max(1, batch_tokens // bucket // row_multiple) * row_multiple
+        count = max(1, batch_tokens // bucket // row_multiple) * row_multiple // shares
         batches += [_Batch(rows[i : i + count], bucket, count) for i in range(0, len(rows), count)]
     return batches
 
@@ -77,7 +81,9 @@ def capture_shard(
     batch_tokens: int,
     dtype: str = "float32",
     row_multiple: int = 1,
+    shares: int = 1,
     on_batch: Callable[[int], None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[CapturedDocument]:
     """Yields the distributions of `documents`, in order.
 
@@ -88,11 +94,12 @@ def capture_shard(
       context: most positions in a window.
       batch_tokens: positions per call of `score`.
       dtype: numpy dtype of the log-probabilities.
-      row_multiple: the rows of every batch are a multiple of this.
+      row_multiple, shares: see `window_batches`.
       on_batch: told how many positions were done.
+      names: of the documents, for messages; by default their numbers.
 
     Raises:
-      FloatingPointError: the source gives NaN, with the document's index in the text.
+      InputError: the source gives NaN, or no probability to a token of the text; names the documents.
     """
     kept = [
         CapturedDocument(
@@ -106,14 +113,13 @@ def capture_shard(
         for d in documents
     ]
     lengths = [len(d.tokens) for d in documents]
-    shapes = {"context": context, "batch_tokens": batch_tokens, "row_multiple": row_multiple}
+    shapes = {"context": context, "batch_tokens": batch_tokens, "row_multiple": row_multiple, "shares": shares}
     for batch in window_batches(lengths, **shapes):
         realised, topk = score(*_arrays(batch, documents))
         realised, ids, logprobs, residual = map(np.asarray, (realised, topk.ids, topk.logprobs, topk.residual_logprob))
+        _check(batch, realised, logprobs, documents, names)
         for row, (document, start, stop) in enumerate(batch.rows):
             n, into = stop - start, kept[document]
-            if not np.isfinite(realised[row, :n]).all() or np.isnan(logprobs[row, :n]).any():
-                raise FloatingPointError(f"the source gives NaN or an impossible token in document {document}")
             into.topk.ids[start:stop] = ids[row, :n]
             into.topk.logprobs[start:stop] = logprobs[row, :n]
             into.topk.residual_logprob[start:stop] = residual[row, :n]
@@ -123,11 +129,37 @@ def capture_shard(
     yield from kept
 
 
+def _check(
+    batch: _Batch, realised: np.ndarray, logprobs: np.ndarray, documents: Sequence[Any], names: Sequence[str] | None
+) -> None:
+    """Refuses what cannot be stored, with the documents that it concerns."""
+    bad: dict[str, str] = {}
+    for row, (document, start, stop) in enumerate(batch.rows):
+        label, entries = realised[row, : stop - start], logprobs[row, : stop - start]
+        wrong = np.flatnonzero(~np.isfinite(label) | np.isnan(entries).any(axis=1))
+        if wrong.size:
+            first = int(wrong[0])
+            nan = np.isnan(label[first]) or np.isnan(entries[first]).any()
+            token = int(documents[document].labels[start + first])
+            what = "NaN" if nan else f"no probability for token {token}"
+            name = str(document) if names is None else names[document]
+            bad.setdefault(
+                name, f"{name!r}: {what} at position {start + first} ({wrong.size} of {stop - start} positions)"
+            )
+    if bad:
+        shown = "\n  ".join([*list(bad.values())[:5], *(["..."] if len(bad) > 5 else [])])
+        raise InputError(
+            f"the source gives no usable probabilities in {len(bad)} documents:\n  {shown}\nCheck that its weights are "
+            "whole and belong to its tokenizer; a model that overflows in bfloat16 needs capture.compute_dtype float32"
+        )
+
+
 def record_of(document: Any, captured: CapturedDocument) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns header and arrays of the captured record (artefact A1) of one document."""
     header = {
         "n_bytes": int(document.n_bytes),
         "nll_nats": float(-captured.realised_logprob.astype(np.float64).sum()),
+        "exact": bool(document.exact),
     }
     arrays = {
         "tokens": np.asarray(document.tokens, np.int32),

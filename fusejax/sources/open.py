@@ -12,9 +12,10 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of
@@ -33,17 +34,25 @@ Score = Callable[
 ]  # (tokens, labels, positions, segment_ids) [B, T] -> (realised [B, T], TopK [B, T, K] | None)
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """A source that can be opened."""
 
     name: str  # as the user wrote it
     directory: Path  # model and tokenizer; of a served model the tokenizer alone
     backend: str  # "jax", "torch" or "openai"
-    fingerprint: str
-    max_positions: int | None  # None: unknown here
-    vocab_size: int | None
-    url: str | None
-    run_its_code: bool
+    max_positions: int | None = None  # None: unknown here
+    vocab_size: int | None = None
+    url: str | None = None
+    revision: str | None = None
+    run_its_code: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the model; reads all weights the first time that it is asked for."""
+        if self.url is not None:
+            return fingerprint_of({"served": self.name, "revision": self.revision})
+        return model_fingerprint(self.directory)
 
 
 def describe_source(
@@ -81,13 +90,11 @@ def describe_source(
         )
     directory, trusted = Path(directory), trust_remote_code is not None
     if url is not None:
-        identity = {"served": name, "revision": revision}
-        return Source(name, directory, "openai", fingerprint_of(identity), None, None, url, False)
-    fingerprint = model_fingerprint(directory)
+        return Source(name, directory, "openai", url=url, revision=revision)
     kind = _model_type(directory)
     if backend == "jax" or (backend == "auto" and (kind in ARCHITECTURES or kind is None)):
         config = open_config(directory)
-        return Source(name, directory, "jax", fingerprint, config.max_positions, config.vocab_size, None, False)
+        return Source(name, directory, "jax", config.max_positions, config.vocab_size)
     if backend == "auto" and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"{directory}: fusejax computes {', '.join(ARCHITECTURES)}, not {kind!r}; torch can, and is not installed: "
@@ -98,7 +105,7 @@ def describe_source(
     length = next((value for value in lengths if isinstance(value, int) and value > 0), None)
     vocab = values.get("vocab_size")
     vocab = vocab if isinstance(vocab, int) else None
-    return Source(name, directory, "torch", fingerprint, length, vocab, None, trusted)
+    return Source(name, directory, "torch", length, vocab, run_its_code=trusted)
 
 
 def open_source(
@@ -158,7 +165,8 @@ def jax_score(
     if not mesh or all(size == 1 for size in mesh.values()):
         params, rows, score = jax.device_put(model.params), None, jax.jit(score)
     else:
-        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
+        sizes = {axis: mesh[axis] for axis in ("data", "fsdp", "tensor")}
+        made = make_mesh(**sizes, devices=jax.local_devices())
         params = jax.device_put(model.params, param_shardings(param_table(model.config), made))
         rows, score = batch_sharding(made), jax.jit(partial(score, mesh=made))
 

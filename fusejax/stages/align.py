@@ -10,23 +10,35 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
-from fusejax.alignment import AlignedDocument, Conditioner, Opening, add_up, align_document, summary
+from fusejax.alignment import (
+    AlignedDocument,
+    Conditioner,
+    DocumentReport,
+    Opening,
+    add_up,
+    align_document,
+    summary,
+)
+from fusejax.alignment.report import Span
 from fusejax.config import AlignConfig
 from fusejax.data.corpus import Document, read_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
 from fusejax.io.progress import progress
-from fusejax.io.store import Record, RecordReader, RecordWriter
+from fusejax.io.store import Record, RecordReader
 from fusejax.io.tokenizers import EncodedDocument, Tokenizer, load_tokenizer
+from fusejax.parallel.processes import is_first
 from fusejax.stages.align_papers import min_ed_vocabulary_map, parity_of
 from fusejax.stages.command import Result, parser
 from fusejax.stages.compare import compare_tokenizers, first_bytes, vocabulary_map, write_alignment_page
 from fusejax.stages.context import Run, finished
+from fusejax.stages.lineage import check_captured
+from fusejax.stages.together import close_together, own_shards, shared_writer
 from fusejax.types import VocabMap
 
 VOCABULARY = "vocabulary.npz"
@@ -61,7 +73,8 @@ def _align_one(run: Run, name: str) -> Manifest:
     reader = RecordReader(run.captured_dir(name), kind="captured")
     source, target = run.tokenizer(run.participants[name]), run.tokenizer(run.config.target)
     _check_tokenizer(reader.manifest, source, name)
-    dtype, shard_size = run.config.capture.dtype, run.config.capture.shard_size
+    check_captured(run, name)
+    dtype, shard_size = run.config.capture.dtype, reader.manifest.settings["shard_size"]
     options = run.config.align
     settings = options.model_dump(mode="json") | {"target_tokenizer": target.fingerprint}
     settings["codec"] = codec = run.config.capture.codec
@@ -72,19 +85,22 @@ def _align_one(run: Run, name: str) -> Manifest:
         return done
     if options.conditioned and options.vocabulary != "coarse":
         raise InputError(f"align.conditioned needs vocabulary 'coarse', got {options.vocabulary!r}")
-    run.replace_stale(directory)
     documents = read_corpus(run.corpus_dir, "train")
     if len(documents) != len(reader):
         counts = f"{len(reader)} documents, the corpus {len(documents)}"
         raise InputError(f"{reader.directory} holds {counts}; capture it again")
     vocab_map, align_record = _method(options, reader, source, target, _Texts(documents), dtype)
-    writer = RecordWriter(
-        directory, kind="aligned", settings=settings, parents=parents, shard_size=shard_size, codec=codec
-    )
-    np.savez(directory / VOCABULARY, **vocab_map._asdict())
+    identity = {"settings": settings, "parents": parents, "shard_size": shard_size, "codec": codec}
+    writer = shared_writer(run, directory, kind="aligned", **identity)
+    if is_first():
+        np.savez(directory / VOCABULARY, **vocab_map._asdict())
     reports, fallbacks, start = [], 0, time.monotonic()
-    with progress(f"align {name}", total=len(reader), unit="documents") as bar:
-        for first in range(0, len(documents), shard_size):
+    count = -(-len(documents) // shard_size)
+    shards = own_shards(range(count))
+    with progress(f"align {name}", total=len(shards) * shard_size, unit="documents") as bar:
+        for number in shards:
+            first, made = number * shard_size, writer.has(number)
+            writer.seek(number)
             shard = documents[first : first + shard_size]
             texts = [document.text for document in shard]
             for offset, encoded in enumerate(target.encode_batch(texts)):
@@ -92,12 +108,30 @@ def _align_one(run: Run, name: str) -> Manifest:
                 aligned = align_record(record, encoded)
                 reports.append(aligned.report)
                 fallbacks += aligned.header.get("one_hot", 0)
-                if first + offset >= writer.resume_at:
+                if not made:  # the report is made again, the record is not
                     writer.write(Record(record.doc_id, aligned.header, aligned.arrays))
+            writer.flush()
             reports = [add_up(reports)]  # a corpus has more documents than reports should be held
             bar.update(len(shard))
-    facts = summary(reports) | ({"one_hot": fallbacks} if options.positions == "dtw" else {})
-    return writer.finish(facts=facts | {"seconds": time.monotonic() - start})
+
+    def facts(said: list[Any]) -> dict[str, Any]:
+        found = summary(_report_of(report) for reports, _ in said for report in reports)
+        found |= {"one_hot": sum(n for _, n in said)} if options.positions == "dtw" else {}
+        return found | {"seconds": time.monotonic() - start}
+
+    counts = [[_as_json(report) for report in reports], int(fallbacks)]
+    return close_together(writer, count, counts=counts, facts=facts)
+
+
+def _as_json(report: DocumentReport) -> list[Any]:
+    *sums, worst = report
+    return [*map(float, sums), [[span.doc_id, int(span.start), int(span.stop), int(span.positions)] for span in worst]]
+
+
+def _report_of(found: list[Any]) -> DocumentReport:
+    *sums, worst = found
+    *counts, mass = sums
+    return DocumentReport(*map(int, counts), mass_kept=mass, worst=tuple(Span(*span) for span in worst))
 
 
 def _method(
@@ -124,7 +158,7 @@ def _method(
             vocab_map,
             n_bytes=int(record.header["n_bytes"]),
             dtype=dtype,
-            exact=encoded.exact,
+            exact=encoded.exact and record.header.get("exact", True),
             doc_id=record.doc_id,
             opening=opening,
             conditioner=conditioner,

@@ -1,6 +1,6 @@
 """capture: run every source over the training text and keep its top-k distributions (artefact A1)."""
 
-__all__ = ["capture", "capture_identity", "describe"]
+__all__ = ["capture", "capture_identity", "capture_settings", "describe"]
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,12 +10,15 @@ from fusejax.config import ModelRef
 from fusejax.data.corpus import read_corpus
 from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.progress import progress, say
-from fusejax.io.store import Record, RecordWriter
+from fusejax.io.store import Record
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import check_vocabulary
+from fusejax.parallel.processes import process_count
 from fusejax.sources.capture import capture_shard, record_of
 from fusejax.sources.open import Source, describe_source, jax_score, open_source
+from fusejax.stages.capture_size import documents_per_shard
 from fusejax.stages.context import Run, finished
+from fusejax.stages.together import close_together, own_mesh, own_shards, shared_writer
 
 
 def _row_multiple(mesh: Mapping[str, int] | None) -> int:
@@ -41,9 +44,15 @@ def describe(run: Run, ref: ModelRef) -> Source:
 
 def capture_identity(run: Run, ref: ModelRef, source: Source) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and parents of a source's artefact: what determines its content."""
+    corpus = read_manifest(run.corpus_dir, kind="corpus")
+    return capture_settings(run, ref, source), {"corpus": corpus.fingerprint, "model": source.fingerprint}
+
+
+def capture_settings(run: Run, ref: ModelRef, source: Source) -> dict[str, Any]:
+    """How a source is captured; its weights are not read."""
     options = run.config.capture
     context = min(options.context, source.max_positions or options.context)
-    settings = {
+    return {
         "split": "train",
         "top_k": options.top_k,
         "context": context,
@@ -51,9 +60,16 @@ def capture_identity(run: Run, ref: ModelRef, source: Source) -> tuple[dict[str,
         "codec": options.codec,
         "compute_dtype": options.compute_dtype,
         "tokenizer": run.tokenizer(ref).fingerprint,
+        "shard_size": _shard_size(run),
     }
-    corpus = read_manifest(run.corpus_dir, kind="corpus")
-    return settings, {"corpus": corpus.fingerprint, "model": source.fingerprint}
+
+
+def _shard_size(run: Run) -> int:
+    options = run.config.capture
+    if options.shard_size is not None:
+        return options.shard_size
+    text = read_manifest(run.corpus_dir, kind="corpus").facts["splits"]["train"]
+    return documents_per_shard(text["documents"], text["bytes"], top_k=options.top_k, codec=options.codec)
 
 
 def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Callable[..., Any], int]:
@@ -64,29 +80,28 @@ def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Cal
     sizes = {"top_k": min(options.top_k, tokenizer.vocab_size), "valid_vocab": tokenizer.vocab_size}
     if source.backend == "jax":
         model, mesh = run.model(ref, compute_dtype=options.compute_dtype), run.config.mesh.model_dump()
-        return jax_score(model, **sizes, mesh=mesh), _row_multiple(mesh)
+        return jax_score(model, **sizes, mesh=own_mesh(mesh)), _row_multiple(mesh)
     return open_source(source, **sizes, context=context, compute_dtype=options.compute_dtype), 1
 
 
 def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
     options, source, directory = run.config.capture, describe(run, ref), run.captured_dir(name)
     settings, parents = capture_identity(run, ref, source)
-    context, shard_size = settings["context"], options.shard_size
-    if done := finished(directory, kind="captured", settings=settings | {"shard_size": shard_size}, parents=parents):
+    context, shard_size = settings["context"], settings["shard_size"]
+    if done := finished(directory, kind="captured", settings=settings, parents=parents):
         return done
-    run.replace_stale(directory)
     tokenizer = run.tokenizer(ref)
     if note := probe_tokenizer(tokenizer):
         say(f"capture {name}: {note}")
     score, row_multiple = _open(run, ref, source, context=context)
     documents = read_corpus(run.corpus_dir, "train")
-    writer = RecordWriter(
-        directory, kind="captured", settings=settings, parents=parents, shard_size=shard_size, codec=options.codec
-    )
-    shards = range(-(-len(documents) // shard_size))
+    identity = {"settings": settings, "parents": parents, "shard_size": shard_size, "codec": options.codec}
+    writer = shared_writer(run, directory, kind="captured", **identity)
+    count = -(-len(documents) // shard_size)
+    shards = own_shards(range(count))
     missing = [shard for shard in shards if not writer.has(shard)]
     start = time.monotonic()
-    with progress(f"capture {name}", total=sum(document.n_bytes for document in documents), unit="bytes") as bar:
+    with progress(f"capture {name}", total=sum(_bytes(documents, s, shard_size) for s in shards), unit="bytes") as bar:
         bar.start_at(sum(_bytes(documents, s, shard_size) for s in shards if s not in set(missing)))
         for number in missing:
             shard = documents[number * shard_size : (number + 1) * shard_size]
@@ -98,13 +113,16 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
                 context=context,
                 batch_tokens=settings["batch_tokens"],
                 row_multiple=row_multiple,
+                shares=process_count() if row_multiple > 1 else 1,
+                names=[document.id for document in shard],
             )
             writer.seek(number)
             for document, tokens, found in zip(shard, encoded, captured, strict=True):
                 writer.write(Record(document.id, *record_of(tokens, found)))
             writer.flush()
             bar.update(sum(document.n_bytes for document in shard))
-    return writer.finish(facts={"documents": len(documents), "seconds": time.monotonic() - start})
+    facts = {"documents": len(documents), "seconds": time.monotonic() - start}
+    return close_together(writer, count, facts=lambda _: facts)
 
 
 def _bytes(documents: Any, shard: int, size: int) -> int:

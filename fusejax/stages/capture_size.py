@@ -4,7 +4,7 @@ The corpus' bytes times the positions per byte of a sample times the size of a r
 compact record depends on how well the source predicts the text; the figure here is that of small English models.
 """
 
-__all__ = ["predicted_bytes", "store_bytes"]
+__all__ = ["documents_per_shard", "predicted_bytes", "store_bytes"]
 
 from collections.abc import Sequence
 
@@ -14,9 +14,27 @@ from fusejax.io.store_entries import NARROW_IDS
 from fusejax.stages.context import Run
 
 _SAMPLE_DOCUMENTS, _SAMPLE_BYTES = 256, 1 << 20
+_SHARD_BYTES, _MOST_DOCUMENTS = 8 << 20, 1 << 16
+_BYTES_PER_POSITION = 4.0  # of English text, roughly
 _BLOCK = 1 << 16  # array_record fills up its last block and adds one with its index
 _RECORD_BYTES = {"compact": 190, "float16": 540, "float32": 540}  # header, checksums, container
+_ENTRY_BYTES = {"compact": 3, "float16": 6, "float32": 8}
 _SIDE_BYTES = {"compact": 3.2, "float16": 16.0, "float32": 20.0}  # all but the entries
+
+
+def documents_per_shard(documents: int, n_bytes: int, *, top_k: int, codec: str) -> int:
+    """Returns how many documents of a corpus make a shard of about 8 MiB, whatever source is captured.
+
+    Smaller shards are padded noticeably; of larger ones a killed run loses more. The tokenizer is not asked, so
+    that sources of one corpus have shards of the same documents.
+
+    Args:
+      documents, n_bytes: of the corpus' training text.
+      top_k, codec: as in the section `capture`.
+    """
+    width = _ENTRY_BYTES[codec] * top_k + _SIDE_BYTES[codec]
+    record = n_bytes / max(documents, 1) / _BYTES_PER_POSITION * width + _RECORD_BYTES[codec]
+    return max(1, min(round(_SHARD_BYTES / record), _MOST_DOCUMENTS))
 
 
 def store_bytes(positions: Sequence[float], *, top_k: int, vocab_size: int, codec: str, shard_size: int) -> int:
@@ -27,7 +45,7 @@ def store_bytes(positions: Sequence[float], *, top_k: int, vocab_size: int, code
       top_k, vocab_size: entries per position and the ids that they may have.
       codec, shard_size: as in the section `capture`.
     """
-    entry = {"compact": 3 if vocab_size <= NARROW_IDS else 4, "float16": 6, "float32": 8}[codec]
+    entry = 4 if codec == "compact" and vocab_size > NARROW_IDS else _ENTRY_BYTES[codec]
     width = entry * min(top_k, vocab_size) + _SIDE_BYTES[codec]
     total = 0
     for first in range(0, len(positions), shard_size):
@@ -58,5 +76,6 @@ def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document]) -> i
         top_k=options.top_k,
         vocab_size=tokenizer.vocab_size,
         codec=options.codec,
-        shard_size=options.shard_size,
+        shard_size=options.shard_size
+        or documents_per_shard(len(sizes), sum(sizes), top_k=options.top_k, codec=options.codec),
     )

@@ -28,8 +28,11 @@ from fusejax.distributions.weighing import (
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
 from fusejax.io.progress import progress
-from fusejax.io.store import Record, RecordReader, RecordWriter
+from fusejax.io.store import Record, RecordReader
+from fusejax.parallel.processes import is_first
 from fusejax.stages.context import Run, finished
+from fusejax.stages.lineage import check_aligned
+from fusejax.stages.together import close_together, own_shards, shared_writer
 
 PARTITIONS = "partitions.npz"
 _TARGET_FIELDS = ("ids", "logprobs", "residual_logprob")
@@ -42,46 +45,59 @@ def fuse(run: Run) -> dict[str, Manifest]:
 
 def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
     names = run.fusion_sources(fusion)
+    for name in names:
+        check_aligned(run, name)
     readers = [RecordReader(run.aligned_dir(name), kind="aligned") for name in names]
     settings = fusion.model_dump(mode="json") | {"sources": names}
     parents = {name: reader.manifest.fingerprint for name, reader in zip(names, readers, strict=True)}
     directory = run.fused_dir(fusion.name)
-    shard_size = run.config.capture.shard_size
+    shard_size = readers[0].manifest.settings["shard_size"]
     settings["codec"] = run.config.capture.codec
     stored = settings | {"shard_size": shard_size}
     if done := finished(directory, kind="fused", settings=stored, parents=parents):
         return done
-    run.replace_stale(directory)
     count = len(readers[0])
     if any(len(reader) != count for reader in readers):
         raise InputError(f"aligned sources hold {[len(r) for r in readers]} documents; run `fusejax align` again")
-    writer = RecordWriter(
-        directory, kind="fused", settings=settings, parents=parents, shard_size=shard_size, codec=settings["codec"]
-    )
+    identity = {"settings": settings, "parents": parents, "shard_size": shard_size, "codec": settings["codec"]}
+    writer = shared_writer(run, directory, kind="fused", **identity)
     tables = [load_partition(run.aligned_dir(name)) for name in names]
     if all(reader.manifest.settings.get("chain") for reader in readers):
         tables.append(np.arange(tables[0].size, dtype=tables[0].dtype))  # the chains' partition: every token alone
-    np.savez(directory / PARTITIONS, symbol_of_target=np.stack(tables))
-    totals: dict[str, Any] = {"positions": 0, "supervised": 0, "wins": np.zeros(len(names), np.int64)}
-    with progress(f"fuse {fusion.name}", total=count, unit="documents") as bar:
-        # Counts are remade for resumed documents too; the writer skips what it already holds.
-        for index in range(count):
-            records = [reader[index] for reader in readers]
-            arrays = fuse_document(records, fusion)
-            totals["positions"] += len(arrays["tokens"])
-            totals["supervised"] += int((arrays["weights"].sum(axis=1) > 0).sum())
-            won = arrays["partition"][(arrays["partition"] >= 0) & (arrays["partition"] < len(names))]
-            totals["wins"] += np.bincount(won, minlength=len(names))
-            if index >= writer.resume_at:
-                writer.write(Record(records[0].doc_id, {"n_bytes": records[0].header["n_bytes"]}, arrays))
-            bar.update(1)
-    facts = {
-        "documents": count,
-        "positions": totals["positions"],
-        "supervised": totals["supervised"],
-        "wins": dict(zip(names, map(int, totals["wins"]), strict=True)),
-    }
-    return writer.finish(facts=facts)
+    if is_first():
+        np.savez(directory / PARTITIONS, symbol_of_target=np.stack(tables))
+    totals = np.zeros(2 + len(names), np.int64)  # positions, supervised ones, those of each source
+    shards = -(-count // shard_size)
+    with progress(f"fuse {fusion.name}", total=len(own_shards(range(shards))) * shard_size, unit="documents") as bar:
+        for number in own_shards(range(shards)):
+            made = writer.has(number)
+            writer.seek(number)
+            for index in range(number * shard_size, min((number + 1) * shard_size, count)):
+                records = [reader[index] for reader in readers]
+                arrays = fuse_document(records, fusion)
+                totals += _counts(arrays, len(names))
+                if not made:  # the counts are made again, the record is not
+                    writer.write(Record(records[0].doc_id, {"n_bytes": records[0].header["n_bytes"]}, arrays))
+                bar.update(1)
+            writer.flush()
+
+    def facts(said: list[list[int]]) -> dict[str, Any]:
+        positions, supervised, *wins = map(sum, zip(*said, strict=True))
+        return {
+            "documents": count,
+            "positions": positions,
+            "supervised": supervised,
+            "wins": dict(zip(names, wins, strict=True)),
+        }
+
+    return close_together(writer, shards, counts=totals.tolist(), facts=facts)
+
+
+def _counts(arrays: dict[str, np.ndarray], sources: int) -> np.ndarray:
+    """[2 + S]: positions, supervised positions, those that each source supervises."""
+    partition = arrays["partition"]
+    won = np.bincount(partition[(partition >= 0) & (partition < sources)], minlength=sources)
+    return np.concatenate([[len(arrays["tokens"]), int((arrays["weights"].sum(axis=1) > 0).sum())], won])
 
 
 def load_partition(directory: Path) -> np.ndarray:

@@ -99,9 +99,7 @@ def _remove_bad_shards(run: Run, directory: Path, bad: Mapping[str, str]) -> str
         raise InputError(f"{run.directory / 'config.yaml'} has no source {name!r}, of which {directory} is the capture")
     ref = run.participants[name]
     settings, parents = capture_identity(run, ref, describe(run, ref))
-    shard_size = run.config.capture.shard_size
-    stored = settings | {"shard_size": shard_size}
-    identity = {"kind": "captured", "settings": stored, "parents": parents, "schema": SCHEMA_VERSION}
+    identity = {"kind": "captured", "settings": settings, "parents": parents, "schema": SCHEMA_VERSION}
     manifest = _manifest(directory)
     if manifest is None or manifest.fingerprint != fingerprint_of(identity):
         shutil.rmtree(directory)  # nothing proves that its shards belong to this configuration
@@ -112,7 +110,7 @@ def _remove_bad_shards(run: Run, directory: Path, bad: Mapping[str, str]) -> str
         shards |= {path.name for path in present if damaged_records(path) != []}
     for shard in shards:
         (directory / shard).unlink(missing_ok=True)
-    reopen(directory, kind="captured", settings=settings, parents=parents, shard_size=shard_size)
+    reopen(directory, kind="captured", settings=settings, parents=parents, shard_size=settings["shard_size"])
     return ", ".join(sorted(shards)) or "the manifest and the index"
 
 

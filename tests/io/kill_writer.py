@@ -28,6 +28,7 @@ class _Document(NamedTuple):
     labels: np.ndarray
     byte_ends: np.ndarray
     n_bytes: int
+    exact: bool = True
 
 
 def documents() -> list[_Document]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusejax.errors import InputError
 from fusejax.sources.capture import capture_shard, record_of, window_batches
 from fusejax.types import TopK
 
@@ -16,6 +17,7 @@ class _Document(NamedTuple):
     labels: np.ndarray
     byte_ends: np.ndarray
     n_bytes: int
+    exact: bool = True
 
 
 def _document(ids):
@@ -59,13 +61,28 @@ def test_values_follow_their_document():
         assert arrays["topk_ids"].shape == (len(document.tokens), 2)
 
 
-def test_a_source_that_gives_nan_is_stopped():
+def test_a_source_that_gives_nan_or_nothing_is_stopped_and_the_documents_are_named():
     def bad(tokens, labels, positions, segment_ids):
         realised, topk = _score(tokens, labels, positions, segment_ids)
-        return np.where(tokens == 3, np.nan, realised), topk
+        realised = np.where(labels == 9, -np.inf, np.where(tokens == 3, np.nan, realised))
+        return realised, topk
 
-    with pytest.raises(FloatingPointError, match="document 1"):
-        list(capture_shard(bad, [_document([1, 2]), _document([3, 4])], top_k=2, context=8, batch_tokens=8))
+    documents = [_document([1, 2]), _document([1, 1, 3, 4]), _document([7, 8, 9, 9, 9])]
+    options = {"top_k": 2, "context": 8, "batch_tokens": 32}
+    with pytest.raises(InputError, match=r"in 2 documents") as caught:
+        list(capture_shard(bad, documents, names=["a", "b", "c"], **options))
+    assert "'b': NaN at position 2 (1 of 3 positions)" in str(caught.value)
+    assert "'c': no probability for token 9 at position 1 (3 of 4 positions)" in str(caught.value)
+    with pytest.raises(InputError, match="'1': NaN"):
+        list(capture_shard(bad, documents[:2], **options))
+
+
+def test_a_record_says_whether_its_byte_ends_are_exact():
+    document = _document([1, 2, 3])
+    for exact in (True, False):
+        given = document._replace(exact=exact)
+        (captured,) = capture_shard(_score, [given], top_k=2, context=8, batch_tokens=8)
+        assert record_of(given, captured)[0]["exact"] is exact
 
 
 def test_a_window_larger_than_a_batch_is_refused():

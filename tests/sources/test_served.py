@@ -32,7 +32,7 @@ def documents(count: int) -> list[SimpleNamespace]:
     for _ in range(count):
         ids = rng.integers(0, V, int(rng.integers(2, 14))).astype(np.int32)
         ends = np.arange(1, len(ids), dtype=np.int32)
-        made.append(SimpleNamespace(tokens=ids[:-1], labels=ids[1:], byte_ends=ends, n_bytes=len(ids)))
+        made.append(SimpleNamespace(tokens=ids[:-1], labels=ids[1:], byte_ends=ends, n_bytes=len(ids), exact=True))
     return made
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_refuses_or_stays_broken_is_an_input_error(fault, words, r
     model = FakeModel(V)
     model.faults = [fault] * 9
     # four positions, so a prompt of five tokens
-    docs = [SimpleNamespace(tokens=np.arange(4), labels=np.arange(1, 5), byte_ends=np.arange(4), n_bytes=4)]
+    docs = [SimpleNamespace(tokens=np.arange(4), labels=np.arange(1, 5), byte_ends=np.arange(4), n_bytes=4, exact=True)]
     with serving(model) as url, pytest.raises(InputError, match=words):
         captured(score_of(url), docs)
     assert len(model.requests) == requests
@@ -173,7 +173,7 @@ def test_a_window_longer_than_the_server_reads_is_refused(tmp_path) -> None:
 
 
 def test_an_answer_of_another_length_is_refused(monkeypatch) -> None:
-    docs = [SimpleNamespace(tokens=np.arange(4), labels=np.arange(1, 5), byte_ends=np.arange(4), n_bytes=4)]
+    docs = [SimpleNamespace(tokens=np.arange(4), labels=np.arange(1, 5), byte_ends=np.arange(4), n_bytes=4, exact=True)]
     model = FakeModel(V)
     monkeypatch.setattr(model, "entries", lambda prompt, k: [None] + [[(9, -1.0)]] * (len(prompt) - 2))
     with serving(model) as url, pytest.raises(InputError, match="scores 4 tokens of a prompt of 5"):
