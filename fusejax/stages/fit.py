@@ -3,12 +3,12 @@
 Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
 """
 
-__all__ = ["Optimization", "fit", "placement"]
+__all__ = ["Optimization", "fit", "loss_function", "placement", "schedule_and_optimizer"]
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -81,7 +81,7 @@ def fit(
     """
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
     total = min(len(loader), max_steps or len(loader))
-    schedule, optimizer = _optimizer(config, optimization, total)
+    schedule, optimizer = schedule_and_optimizer(config, optimization, total)
     placed = placement(config, mesh)
     plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
     _start_afresh_unless_same(directory, plan)
@@ -90,7 +90,7 @@ def fit(
         return train_loop(
             params,
             loader,
-            loss_fn=_loss_fn(config, groups, dict(loss), placed.get("mesh")),
+            loss_fn=loss_function(config, groups, dict(loss), placed.get("mesh")),
             optimizer=optimizer,
             total_steps=total,
             accumulation=accumulation,
@@ -107,7 +107,7 @@ def fit(
         )
 
 
-def _optimizer(config: ModelConfig, options: Optimization, total: int) -> tuple[Any, Any]:
+def schedule_and_optimizer(config: ModelConfig, options: Optimization, total: int) -> tuple[Any, Any]:
     """The schedule and AdamW behind clipping."""
     schedule = make_schedule(
         options.schedule,
@@ -142,7 +142,9 @@ def _reporter(bar: Progress, tokens_per_step: int) -> Callable[[int, Mapping[str
     return on_step
 
 
-def _loss_fn(config: ModelConfig, groups: EventGroups | None, loss: dict[str, Any], mesh: Any) -> Any:
+def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping[str, Any], mesh: Any) -> Any:
+    """Returns `(params, batch, denominator) -> (loss, metrics)` for `make_train_step`."""
+
     def loss_fn(params: Any, batch: Any, denominator: Any) -> Any:
         hidden = hidden_states(params, config, batch.tokens, batch.positions, batch.segment_ids, mesh=mesh)
         head, layout = head_kernel(params, config)
@@ -153,7 +155,9 @@ def _loss_fn(config: ModelConfig, groups: EventGroups | None, loss: dict[str, An
     return loss_fn
 
 
-def placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str, Any]:
+def placement(
+    config: ModelConfig, mesh: Mapping[str, int] | None, *, devices: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """The mesh and shardings that the loop needs, or nothing for one device.
 
     Raises:
@@ -162,7 +166,7 @@ def placement(config: ModelConfig, mesh: Mapping[str, int] | None) -> dict[str, 
     if not mesh or all(size == 1 for size in mesh.values()):
         return {}
     try:
-        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"])
+        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"], devices=devices)
         shardings = param_shardings(param_table(config), made)
     except ValueError as error:
         raise InputError(f"`mesh`: {error}") from error

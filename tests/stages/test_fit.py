@@ -9,7 +9,7 @@ import pytest
 
 from fusejax.alignment import event_groups
 from fusejax.models import ModelConfig, init_params
-from fusejax.stages.fit import _loss_fn
+from fusejax.stages.fit import loss_function
 from fusejax.types import EventGroups, FusionBatch, TopK
 
 # Sizes that no other dimension of the program shares.
@@ -50,7 +50,7 @@ def test_no_array_of_tokens_by_vocabulary(tied):
     groups = event_groups((np.arange(VOCAB) // 4 * 4).astype(np.int32))  # four tokens to a symbol
     groups = EventGroups(np.asarray(groups.offsets)[None], np.asarray(groups.members)[None])
     loss = {"clm_weight": 0.9, "fusion_weight": 0.1, "max_members": 32, "chunk": 64}
-    loss_fn = _loss_fn(config, groups, loss, None)
+    loss_fn = loss_function(config, groups, loss, None)
     params = init_params(config, jax.random.key(0))
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     compiled = step.lower(params, _batch(rng), jnp.float32(ROWS * LENGTH)).compile()
