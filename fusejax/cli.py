@@ -37,9 +37,13 @@ COMMANDS = {
     "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
     "report": _Command("report", "Write report.html and plots of a finished run."),
     "verify": _Command("verify", "Check every checksum under a directory."),
+    "launch": _Command("launch", "Start several processes of a command on this machine."),
     "env": _Command("env", "Versions, devices and memory, for a bug report."),
     "schema": _Command("run", "Print the JSON schema of configurations, for editors."),
 }
+
+# With a configuration several processes can share these; of the others process 0 does all.
+_SHARED = ("run", "prepare", "capture", "align", "fuse", "train", "merge", "export", "evaluate")
 
 
 def _usage() -> str:
@@ -64,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = words
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)}\n\n{_usage()}", 2)
-    return _guarded(lambda: _run(name, rest))
+    return _leave(_guarded(lambda: _run(name, rest)))
 
 
 def _run(name: str, rest: list[str]) -> None:
-    as_json = "--json" in rest
-    rest = [word for word in rest if word != "--json"]
+    as_json = "--json" in rest and name != "launch"  # which hands it on to what it starts
+    rest = [word for word in rest if word != "--json" or not as_json]
+    if _left_to_the_first(name, rest):
+        return
     module = importlib.import_module(f"fusejax.stages.{COMMANDS[name].module}")
     result = module.command(name, rest)
     if as_json:
@@ -78,6 +84,24 @@ def _run(name: str, rest: list[str]) -> None:
         print(result.text)
     if result.exit_code:
         raise SystemExit(result.exit_code)
+
+
+def _left_to_the_first(name: str, rest: list[str]) -> bool:
+    """Whether this is a further process of a job, and the command no configuration that processes share."""
+    further = os.environ.get("FUSEJAX_PROCESS", "0") not in ("", "0")
+    return further and not (name in _SHARED and rest and not rest[0].startswith("-"))
+
+
+def _leave(code: int) -> int:
+    """Returns the exit code; a process of several that failed goes at once, as its peers may be waiting for it."""
+    if code and "jax" in sys.modules:
+        from fusejax.parallel.processes import process_count
+
+        if process_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def _guarded(call: Callable[[], Any]) -> int:

@@ -1,7 +1,8 @@
 """Progress of everything that takes longer than two seconds: a bar on a terminal, plain lines elsewhere.
 
 Both go to standard error, so that the last line of standard output stays machine-readable. Without a terminal
-a line is printed every ten seconds, with the rate and the time that is left.
+a line is printed every ten seconds, with the rate and the time that is left. Of several processes only the first
+speaks: the others would say the same.
 """
 
 __all__ = ["Progress", "progress", "say"]
@@ -17,7 +18,17 @@ _PLAIN_SECONDS = 10.0
 
 def say(text: str) -> None:
     """Prints one line to standard error."""
+    if _silent():
+        return
     print(text, file=sys.stderr, flush=True)
+
+
+def _silent() -> bool:
+    if "jax" not in sys.modules:  # then nobody has started several processes
+        return False
+    from fusejax.parallel.processes import is_first
+
+    return not is_first()
 
 
 def _count(value: float) -> str:
@@ -76,6 +87,8 @@ class Progress:
             self._bar.update(self._task, completed=self.done, info=info)
             return
         now = time.monotonic()
+        if _silent():
+            return
         if now - self._shown >= _PLAIN_SECONDS and self.done > self._first:
             self._shown = now
             say(self.line())
@@ -91,6 +104,9 @@ def progress(label: str, *, total: int, unit: str) -> Iterator[Progress]:
       unit: name of a unit, such as "tokens".
     """
     counter = Progress(label, total, unit)
+    if _silent():
+        yield counter
+        return
     if not sys.stderr.isatty():
         yield counter
         elapsed = time.monotonic() - counter._start

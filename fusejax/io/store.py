@@ -15,6 +15,7 @@ __all__ = [
     "pack_record",
     "reopen",
     "shard_index",
+    "unfinished_here",
     "unpack_record",
 ]
 
@@ -61,6 +62,10 @@ class RecordWriter:
       kind, settings, parents: its identity, see `fusejax.io.manifest`.
       shard_size: records per shard.
       codec: see `pack_record`; it belongs into `settings` where it is a choice.
+      joining: another process has opened the same artefact, and clears it away where it is another's.
+
+    Raises:
+      InputError: joining an artefact of another identity.
     """
 
     def __init__(
@@ -72,12 +77,14 @@ class RecordWriter:
         parents: Mapping[str, str] | None = None,
         shard_size: int = 256,
         codec: str | None = None,
+        joining: bool = False,
     ):
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}, expected at least 1")
         self.directory, self.kind, self.shard_size, self.codec = Path(directory), kind, shard_size, codec
         self.settings, self.parents = dict(settings), dict(parents or {})
-        self._clear_unless(_plan(kind, self.settings, self.parents, shard_size))
+        plan = _plan(kind, self.settings, self.parents, shard_size)
+        self._check_same(plan) if joining else self._clear_unless(plan)
         self._shard = 0
         while self.has(self._shard):
             self._shard += 1
@@ -85,6 +92,13 @@ class RecordWriter:
         self._pending: list[bytes] = []
         self._lengths: dict[int, list[int]] = {}  # of the shards written here
         self.bytes_written = 0
+
+    def _check_same(self, plan: dict[str, str]) -> None:
+        if _read_plan(self.directory / _PLAN) != plan:
+            raise InputError(
+                f"{self.directory} was opened by another process with other settings or inputs; start all processes "
+                "with the same configuration, the same version and a file system that they share"
+            )
 
     def _clear_unless(self, plan: dict[str, str]) -> None:
         path = self.directory / _PLAN
@@ -185,6 +199,11 @@ def reopen(
     write_json(directory / _PLAN, _plan(kind, settings, parents, shard_size))
     for name in (MANIFEST, _LENGTHS):
         (directory / name).unlink(missing_ok=True)
+
+
+def unfinished_here(directory: Path) -> bool:
+    """Returns whether an artefact is being made in a directory."""
+    return (directory / _PLAN).is_file()
 
 
 def _read_plan(path: Path) -> Any:

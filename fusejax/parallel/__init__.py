@@ -2,7 +2,7 @@
 
 from fusejax.parallel.mesh import MESH_AXES, is_explicit, make_mesh
 from fusejax.parallel.paths import flatten_paths, unflatten_paths
-from fusejax.parallel.processes import barrier, is_first, process_count, process_index, start_processes
+from fusejax.parallel.processes import barrier, collect, is_first, process_count, process_index, start_processes
 from fusejax.parallel.sharding import Layout, ShardingRules, batch_sharding, param_shardings, spec_for
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ShardingRules",
     "barrier",
     "batch_sharding",
+    "collect",
     "flatten_paths",
     "is_explicit",
     "is_first",

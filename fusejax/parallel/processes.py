@@ -16,6 +16,7 @@ thread still answers signals.
 Not here: what happens to the others when one process fails (the launcher and `fusejax.train`), and elasticity.
 """
 
+import json
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 
 from fusejax.errors import InputError
 
-__all__ = ["barrier", "is_first", "process_count", "process_index", "start_processes"]
+__all__ = ["barrier", "collect", "is_first", "process_count", "process_index", "start_processes"]
 
 _COORDINATOR, _COUNT, _INDEX = "FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS"
 _DEVICES, _MODE = "FUSEJAX_LOCAL_DEVICES", "FUSEJAX_DISTRIBUTED"
@@ -118,6 +119,26 @@ def barrier(name: str, *, seconds: float) -> None:
         thread.join(0.5)  # wakes up for Python's signal handlers
     if failed:
         raise _explained(name, seconds, place, failed[0]) from failed[0]
+
+
+def collect(name: str, value: Any, *, seconds: float) -> list[Any]:
+    """Returns every process's `value` in the order of their numbers; like `barrier`, all call it.
+
+    Args:
+        name: tells this place in the program from others.
+        value: JSON of at most a megabyte or so: counts, not data.
+        seconds: how long to wait for the slowest process.
+
+    Raises:
+        TimeoutError, RuntimeError: as `barrier`.
+    """
+    if process_count() == 1:
+        return [value]
+    client, place = _state().client, f"fusejax/collect/{name}/{_passed.get(name, 0)}"
+    client.key_value_set(f"{place}/{process_index()}", json.dumps(value))
+    barrier(name, seconds=seconds)
+    found = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(place + "/")}
+    return [found[rank] for rank in range(process_count())]
 
 
 _passed: dict[str, int] = {}  # times that each barrier was reached by this process

@@ -165,8 +165,8 @@ def jax_score(
     if not mesh or all(size == 1 for size in mesh.values()):
         params, rows, score = jax.device_put(model.params), None, jax.jit(score)
     else:
-        sizes = {axis: mesh[axis] for axis in ("data", "fsdp", "tensor")}
-        made = make_mesh(**sizes, devices=jax.local_devices())
+        ours = jax.local_devices()
+        made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"], devices=ours)
         params = jax.device_put(model.params, param_shardings(param_table(model.config), made))
         rows, score = batch_sharding(made), jax.jit(partial(score, mesh=made))
 

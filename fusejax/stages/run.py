@@ -2,6 +2,7 @@
 
 __all__ = ["STAGES", "command", "run_stages"]
 
+import contextlib
 import json
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from fusejax.config import RunConfig
 from fusejax.errors import InputError, nearest
 from fusejax.io.progress import say
+from fusejax.parallel.processes import is_first, start_processes
 from fusejax.stages.align import align
 from fusejax.stages.capture import capture
 from fusejax.stages.capture_size import predicted_bytes
@@ -24,6 +26,7 @@ from fusejax.stages.merge import merge_run
 from fusejax.stages.preflight import check_before
 from fusejax.stages.prepare import planned_documents, prepare
 from fusejax.stages.report import report_run
+from fusejax.stages.together import meet
 from fusejax.stages.train import train
 
 STAGES: dict[str, Callable[[Run], Any]] = {
@@ -37,20 +40,26 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "export": export_run,
     "report": report_run,
 }
+SHARED = ("capture", "align", "fuse", "train")  # by all processes; the others are process 0's alone
 
 
 def run_stages(config: RunConfig, names: tuple[str, ...] = tuple(STAGES)) -> dict[str, Any]:
-    """Runs stages in their order and returns {stage: seconds}."""
+    """Runs stages in their order and returns {stage: seconds}; several processes all call it."""
     run = Run(config)
-    run.start()
     seconds = {}
-    with exclusive(run.directory):
-        check_before(run, names)
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            run.start()
+            stack.enter_context(exclusive(run.directory))
+            check_before(run, names)
+        meet("start")
         for name, stage in STAGES.items():
             if name not in names:
                 continue
             start = time.monotonic()
-            stage(run)
+            if is_first() or name in SHARED:
+                stage(run)
+            meet(name)
             seconds[name] = round(time.monotonic() - start, 2)
             say(f"{name}: done in {seconds[name]:.1f} s")
     return seconds
@@ -74,7 +83,10 @@ def command(name: str, words: list[str]) -> Result:
     names = (name,) if name in STAGES else _stage_names(stages)
     if dry_run:
         return _dry_run(config, names)
+    start_processes()
     seconds = run_stages(config, names)
+    if not is_first():
+        return Result({"stage_seconds": seconds, "output": config.output})
     result_file = Run(config).directory / "result.json"
     found = json.loads(result_file.read_text()) if result_file.is_file() and "evaluate" in names else {}
     table = found.pop("table", "")
