@@ -41,10 +41,9 @@ def run() -> dict[str, Any]:
 
     Returns:
         A JSON-able dict: `fusejax`, `python`, `platform`, `packages` (name -> version, or None where it is not
-        installed), `kind` (whose settings fit this machine), `settings` (every flag and variable that fusejax knows, with
-        `verdict`, `note` and `kinds`), `backend`, `devices`
-        (id, kind, process and memory in bytes of each, None where the device does not say), `cpu_count` (cores this
-        process may use), `memory_bytes` (physical memory, or None) and `variables` that are set.
+        installed), `kind` (whose settings fit this machine), `settings` (every flag and variable that
+        fusejax knows, with `verdict`, `note` and `kinds`), `backend`, `devices` (id, kind, process and memory in bytes
+        of each, None where the device does not say), `cpu_count` (cores this process may use), `memory_bytes` (physical memory, or None) and `variables` that are set.
 
     Raises:
         InputError: the environment holds a flag at which every process would end.
@@ -84,8 +83,8 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument(
         "--flags",
         metavar="KIND",
-        help=f"print only `export` lines, for eval, of what is accepted: auto, {', '.join(setting_kinds())}, or a .yaml "
-        "file of that form",
+        help=f"print only `export` lines, for eval, of what is accepted: auto, {', '.join(setting_kinds())}, or a "
+        ".yaml file of that form",
     )
     asked = arguments.parse_args(words).flags
     if asked is not None:

@@ -5,8 +5,8 @@ first in a process of its own that uses no accelerator: JAX on the CPU reads `XL
 `LIBTPU_INIT_ARGS` when it describes a TPU that need not be there. Both name all the flags they refuse, so a table takes
 two or three processes of half a second; where they say nothing useful, halving finds the flag.
 
-The kind of device is asked of the driver's files or of the PCI bus, not of JAX: that would take the accelerator, and the
-flags would be too late.
+The kind of device is asked of the driver's files or of the PCI bus, not of JAX: that would take the accelerator, and
+the flags would be too late.
 
 Not here: whether a flag pays. And what a CUDA plugin of another version than jaxlib's would say.
 """
