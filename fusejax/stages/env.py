@@ -41,9 +41,10 @@ def run() -> dict[str, Any]:
 
     Returns:
         A JSON-able dict: `fusejax`, `python`, `platform`, `packages` (name -> version, or None where it is not
-        installed), `kind` (whose settings fit this machine), `settings` (every flag and variable that
-        fusejax knows, with `verdict`, `note` and `kinds`), `backend`, `devices` (id, kind, process and memory in bytes
-        of each, None where the device does not say), `cpu_count` (cores this process may use), `memory_bytes` (physical memory, or None) and `variables` that are set.
+        installed), `kind` (whose settings fit this machine), `settings` (every flag and variable that fusejax knows,
+        with `verdict`, `note` and `kinds`), `backend`, `devices` (id, kind, process and memory in bytes of each, None
+        where the device does not say), `cpu_count` (cores this process may use), `memory_bytes` (physical memory, or
+        None) and `variables` that are set.
 
     Raises:
         InputError: the environment holds a flag at which every process would end.
