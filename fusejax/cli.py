@@ -88,7 +88,7 @@ def _run(name: str, rest: list[str]) -> None:
 
 def _left_to_the_first(name: str, rest: list[str]) -> bool:
     """Whether this is a further process of a job, and the command no configuration that processes share."""
-    further = os.environ.get("FUSEJAX_PROCESS", "0") not in ("", "0")
+    further = name != "env" and os.environ.get("FUSEJAX_PROCESS", "0") not in ("", "0")  # each needs its own flags
     return further and not (name in _SHARED and rest and not rest[0].startswith("-"))
 
 
