@@ -1,8 +1,9 @@
 """Documents, and the corpus (artefact A0) that every later stage reads.
 
 A corpus is a directory with one Arrow stream file per split (`train.arrow`, ...), the file that
-`datasets.Dataset.from_file` maps: columns `id`, `text`, `domain`, `origin`, all strings. It is written in
-batches and read through a memory map, so neither side holds the corpus in memory.
+`datasets.Dataset.from_file` maps: columns `id`, `text`, `domain`, `origin`, `layout`, all strings; `layout` says which
+bytes are trained and who says them (`fusejax.data.spans`), and is empty for a plain document. It is written in batches
+and read through a memory map, so neither side holds the corpus in memory.
 
 A split is a function of the *original* document's text and of nothing else. So a document keeps its split when
 others are added, removed or reordered, equal texts share a split, and the pieces of a long document never
@@ -36,9 +37,10 @@ from typing import Any, overload
 import pyarrow as pa
 import xxhash
 
+from fusejax.data.spans import Spans, Turn, clip_spans, layout_json, parse_layout
 from fusejax.errors import InputError, nearest
 
-_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "domain", "origin")])
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "domain", "origin", "layout")])
 _BATCH_BYTES = 1 << 24
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n+")
@@ -50,18 +52,37 @@ _SPACE = re.compile(r"[ \t]+")
 class Document:
     """One text, with its id (unique in its corpus) and domain.
 
-    `origin` is empty for a whole document; for a piece it is the hash of the text that it was cut from.
+    `origin` is empty for a whole document; for a piece it is the hash of the text that it was cut from. `spans` are
+    the bytes that are trained (None: all); `turns` who says what, where the document is a conversation.
     """
 
     id: str
     text: str
     domain: str = ""
     origin: str = ""
+    spans: Spans | None = None
+    turns: tuple[Turn, ...] = ()
 
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of the text."""
         return len(self.text) if self.text.isascii() else len(self.text.encode())
+
+    @property
+    def trained_bytes(self) -> int:
+        """UTF-8 bytes of the text that are trained."""
+        return self.n_bytes if self.spans is None else sum(stop - start for start, stop in self.spans)
+
+    @property
+    def messages(self) -> list[tuple[str, str]]:
+        """(role, content) of every turn of a conversation."""
+        data = self.text.encode()
+        return [(turn.role, data[turn.start : turn.stop].decode()) for turn in self.turns]
+
+    @property
+    def layout(self) -> str:
+        """Spans and turns as they are stored."""
+        return layout_json(self.spans, self.turns)
 
     @property
     def split_key(self) -> str:
@@ -113,18 +134,25 @@ def _best_cut(text: str, start: int, end: int) -> int:
 
 
 def cut_documents(documents: Iterable[Document], *, max_bytes: int) -> Iterator[Document]:
-    """Replaces each document longer than `max_bytes` UTF-8 bytes by pieces with ids `<id>#<n>`, text unchanged."""
+    """Replaces each document longer than `max_bytes` UTF-8 bytes by pieces with ids `<id>#<n>`, text unchanged.
+
+    Spans are cut with the text, and pieces without any are left out. Conversations stay whole: the later half of one
+    is another conversation.
+    """
     for document in documents:
-        if document.n_bytes <= max_bytes:
+        if document.turns or document.n_bytes <= max_bytes:
             yield document
             continue
-        key = document.split_key
+        key, at = document.split_key, 0
         for number, piece in enumerate(split_long(document.text, max_bytes)):
-            yield Document(f"{document.id}#{number}", piece, document.domain, key)
+            start, at = at, at + len(piece.encode())
+            spans = None if document.spans is None else clip_spans(document.spans, start, at)
+            if spans is None or spans:
+                yield Document(f"{document.id}#{number}", piece, document.domain, key, spans)
 
 
 def dedupe(documents: Iterable[Document], *, on_drop: Callable[[Document], None] | None = None) -> Iterator[Document]:
-    """Keeps the first of the documents whose texts are equal up to white space.
+    """Keeps the first of the documents whose texts are equal up to white space, and whose trained bytes are the same.
 
     Args:
       documents: read once, in order.
@@ -132,7 +160,7 @@ def dedupe(documents: Iterable[Document], *, on_drop: Callable[[Document], None]
     """
     seen: set[int] = set()
     for document in documents:
-        key = xxhash.xxh3_128_intdigest(" ".join(document.text.split()).encode())
+        key = xxhash.xxh3_128_intdigest((" ".join(document.text.split()) + document.layout).encode())
         if key not in seen:
             seen.add(key)
             yield document
@@ -172,7 +200,8 @@ def corpus_fingerprint(documents: Iterable[Document]) -> str:
 
 
 def _update(state: Any, document: Document) -> None:
-    for field in (document.id, document.text, document.domain, document.origin):
+    layout = [document.layout] if document.layout else []
+    for field in (document.id, document.text, document.domain, document.origin, *layout):
         data = field.encode()
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
@@ -226,10 +255,16 @@ def _checked(documents: Iterable[Document], ids: set[str], domains: dict, state:
             raise InputError(f"two documents have the id {document.id!r}: ids must be unique within a split")
         if not document.text:
             raise InputError(f"document {document.id!r} is empty: leave it out before the corpus is written")
+        if document.spans == ():
+            raise InputError(
+                f"document {document.id!r} has no trained bytes: leave it out before the corpus is written"
+            )
         ids.add(document.id)
         entry = domains.setdefault(document.domain, {"documents": 0, "bytes": 0})
         entry["documents"] += 1
         entry["bytes"] += document.n_bytes
+        if document.spans is not None:
+            entry["trained_bytes"] = entry.get("trained_bytes", 0) + document.trained_bytes
         _update(state, document)
         yield document
 
@@ -289,7 +324,8 @@ class CorpusReader(Sequence[Document]):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[number] - self._batches[number].num_rows)
-        return Document(*(column[row].as_py() for column in self._batches[number].columns))
+        name, text, domain, origin, layout = (column[row].as_py() for column in self._batches[number].columns)
+        return Document(name, text, domain, origin, *parse_layout(layout))
 
 
 def read_corpus(directory: str | os.PathLike[str], split: str) -> CorpusReader:

@@ -18,13 +18,19 @@ __all__ = [
     "continuation_json",
     "encoder_json",
     "fingerprint",
+    "later_json",
     "piece_bytes",
     "pieces",
     "rewrites_text",
+    "special_roles",
     "spelling",
+    "utf8_stretches",
 ]
 
 Json = dict[str, Any]
+ROLE_KEYS = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "unk": ("unk_token",)}
+ROLE_KEYS["pad"] = ("pad_token",)
+EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 LISTS = ("normalizers", "pretokenizers", "decoders", "processors")
 
 
@@ -112,10 +118,51 @@ def continuation_json(spec: Json) -> Json:
     return spec
 
 
+def special_roles(spec: Mapping[str, Any], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+    """Returns the ids of bos, eos, unk and pad, as far as the tokenizer names them."""
+    roles: dict[str, int] = {}
+    for role, keys in ROLE_KEYS.items():
+        for key in keys:
+            token = config.get(key)
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str) and content in ids:
+                roles.setdefault(role, ids[content])
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token.get("special")}
+    ending = next((added[name] for name in EOS_NAMES if name in added), None)
+    if ending is not None:
+        roles.setdefault("eos", ending)
+    model = spec["model"]
+    if "unk" not in roles:
+        unknown = model["unk_id"] if model.get("unk_id") is not None else ids.get(model.get("unk_token") or "")
+        roles.update({} if unknown is None else {"unk": unknown})
+    return roles
+
+
+def later_json(spec: Json) -> Json | None:
+    """Returns the encoder of text that follows a special token, where it gets no dummy space; None: it is the same."""
+    spec = {**encoder_json(spec), "pre_tokenizer": copy.deepcopy(spec.get("pre_tokenizer"))}
+    first = [part for part in _components(spec["pre_tokenizer"]) if part.get("prepend_scheme") == "first"]
+    for part in first:
+        part["prepend_scheme"] = "never"
+    return spec if first else None
+
+
 def fingerprint(spec: Json) -> str:
     """Returns a 128-bit hash of the canonical content, the same for any order of keys or white space."""
     canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))
+
+
+def utf8_stretches(fragment: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Cuts bytes into pairs of a valid UTF-8 stretch and the invalid bytes after it."""
+    while fragment:
+        try:
+            fragment.decode()
+            yield fragment, b""
+            return
+        except UnicodeDecodeError as error:
+            yield fragment[: error.start], fragment[error.start : error.end]
+            fragment = fragment[error.end :]
 
 
 def _components(node: Mapping[str, Any] | None) -> Iterator[Any]:

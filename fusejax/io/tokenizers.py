@@ -13,14 +13,14 @@ the tokenizer's bos, else its eos (GPT style), else there is none and the first 
   valid stretches and gives one `<0xNN>` per other byte; any other tokenizer gives its unknown token there.
   WordPiece is the greedy longest match on the pieces' bytes.
 
-Not done here: chat templates, slow tokenizers (a `tokenizer.model` alone is converted by `transformers`, which
-is imported only then), downloads.
+Not done here: chat templates (`fusejax.io.tokenizer_rendered` encodes what they give), slow tokenizers (a
+`tokenizer.model` alone is converted by `transformers`, which is imported only then), downloads.
 """
 
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +45,6 @@ FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
-ROLE_KEYS = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "unk": ("unk_token",)}
-ROLE_KEYS["pad"] = ("pad_token",)
-EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BATCH = 8192
 
 
@@ -59,6 +56,7 @@ class EncodedDocument(NamedTuple):
     byte_ends: Array  # [N] int32, bytes of the text covered after reading tokens[t]
     n_bytes: int  # UTF-8 bytes of the text
     exact: bool  # whether the token bytes are the text (else byte_ends come from offsets)
+    spans: Array | None = None  # [N] int32, the trained span that the label belongs to, -1: none; None: all are trained
 
 
 class Tokenizer:
@@ -66,7 +64,7 @@ class Tokenizer:
 
     def __init__(self, spec: Mapping[str, Any], config: Mapping[str, Any], *, directory: Path) -> None:
         self._spec = dict(spec)
-        self.directory = directory
+        self.directory, self.config = directory, dict(config)
         self.style = tokenizer_json.spelling(self._spec)
         self.fingerprint = tokenizer_json.fingerprint(self._spec)
         self._encoder = _build(tokenizer_json.encoder_json(self._spec), directory)
@@ -74,10 +72,11 @@ class Tokenizer:
         for index, token in (config.get("added_tokens_decoder") or {}).items():
             added.setdefault(token["content"], {**token, "id": int(index)})
         ids = {**tokenizer_json.pieces(self._spec), **{content: token["id"] for content, token in added.items()}}
-        self.special_roles = _roles(self._spec, config, ids)
+        self.special_roles = tokenizer_json.special_roles(self._spec, config, ids)
         self.vocab_size = max(ids.values(), default=-1) + 1
         special = {token["id"] for token in added.values() if token.get("special")}
         special.update(self.special_roles.values())
+        self.special_tokens = {content: index for content, index in ids.items() if index in special}
         self.token_bytes: list[bytes | None] = [None] * self.vocab_size
         for piece, index in ids.items():
             if index not in special:
@@ -134,7 +133,7 @@ class Tokenizer:
         for begin in range(0, len(texts), BATCH):
             batch = list(texts[begin : begin + BATCH])
             raw = [_utf8(text, index) for index, text in enumerate(batch, begin)]
-            pairs = zip(*self._ids_and_ends(batch, raw), raw, strict=True)
+            pairs = zip(*self._ids_and_ends(batch, raw, self._encoder), raw, strict=True)
             documents += [self._document(ids, *ends, len(bytes_), start, end) for ids, ends, bytes_ in pairs]
         return documents
 
@@ -178,9 +177,11 @@ class Tokenizer:
         if not (directory / "tokenizer.json").exists():
             (directory / "tokenizer.json").write_text(json.dumps(self._spec, ensure_ascii=False), encoding="utf-8")
 
-    def _ids_and_ends(self, texts: list[str], raw: list[bytes]) -> tuple[list[Array], list[tuple[Array, bool]]]:
+    def _ids_and_ends(
+        self, texts: list[str], raw: list[bytes], encoder: tokenizers.Tokenizer
+    ) -> tuple[list[Array], list[tuple[Array, bool]]]:
         """Ids and byte ends (with their exactness) of texts; offsets are asked for only where they are needed."""
-        encode = self._encoder.encode_batch if self._rewrites else self._encoder.encode_batch_fast
+        encode = encoder.encode_batch if self._rewrites else encoder.encode_batch_fast
         encodings = encode(texts, add_special_tokens=False)
         rows, ends = [], []
         for encoding, bytes_ in zip(encodings, raw, strict=True):
@@ -194,7 +195,7 @@ class Tokenizer:
         if self._rewrites:
             reported = [encodings[index] for index in inexact]
         else:
-            reported = self._encoder.encode_batch([texts[index] for index in inexact], add_special_tokens=False)
+            reported = encoder.encode_batch([texts[index] for index in inexact], add_special_tokens=False)
         for index, encoding in zip(inexact, reported, strict=True):
             text, first = texts[index], rows[index][:1]
             blank = first.size > 0 and self._joinable[first[0]] == b" " and not text[:1].isspace()
@@ -209,6 +210,36 @@ class Tokenizer:
         unread = 0 if ids.size else n_bytes  # a text of which nothing is left is read by the start token
         ends = np.concatenate([np.full(len(head), unread, np.int32), ends])
         return EncodedDocument(whole[:-1], whole[1:], ends[: max(whole.size - 1, 0)], n_bytes, exact)
+
+    @functools.cached_property
+    def _parser(self) -> tokenizers.Tokenizer:
+        """The encoder that knows special tokens by their spelling."""
+        plain = {"post_processor": None, "truncation": None, "padding": None}
+        return _build(self._spec | plain, self.directory, parse_special=True)
+
+    def find_special(self, text: str) -> list[tuple[int, int, int]]:
+        """Finds the special tokens spelt in a text: (id, start, end) in characters, blanks that they eat included."""
+        found = self._parser.encode(text, add_special_tokens=False)
+        pairs = zip(found.ids, found.offsets, strict=True)
+        # An unknown character gives the unknown token too, which nobody spelt.
+        return [(index, a, b) for index, (a, b) in pairs if self.special_tokens.get(text[a:b].strip()) == index]
+
+    def encode_part(self, text: str, *, first: bool) -> tuple[Array, Array, bool]:
+        """Encodes a stretch of plain text between special tokens: ids [n], byte ends [n] in it, whether exact.
+
+        Args:
+          text: the stretch, not empty.
+          first: whether nothing stands before it; some tokenizers put their dummy space there only.
+        """
+        encoder = self._encoder if first or not self._later else self._later
+        (ids,), ((ends, exact),) = self._ids_and_ends([text], [_utf8(text, 0)], encoder)
+        return ids, ends, exact
+
+    @functools.cached_property
+    def _later(self) -> tokenizers.Tokenizer | None:
+        """The encoder of a stretch that follows a special token, where it is another one."""
+        spec = tokenizer_json.later_json(self._spec)
+        return None if spec is None else _build(spec, self.directory)
 
     @functools.cached_property
     def _continuation(self) -> tokenizers.Tokenizer:
@@ -233,7 +264,7 @@ class Tokenizer:
             letters = byte_level_letters()
             return [token.id for token in self._encoder.model.tokenize("".join([letters[b] for b in fragment]))]
         ids: list[int] = []
-        for valid, rest in _stretches(fragment):
+        for valid, rest in tokenizer_json.utf8_stretches(fragment):
             if valid:
                 ids += self.encode_continuation([valid])[0]
             for byte in rest:
@@ -338,7 +369,7 @@ def _converted(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _build(spec: Mapping[str, Any], directory: Path) -> tokenizers.Tokenizer:
+def _build(spec: Mapping[str, Any], directory: Path, *, parse_special: bool = False) -> tokenizers.Tokenizer:
     try:
         built = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
@@ -346,28 +377,8 @@ def _build(spec: Mapping[str, Any], directory: Path) -> tokenizers.Tokenizer:
             f"{directory / 'tokenizer.json'} is not a tokenizer that `tokenizers` {tokenizers.__version__} reads: "
             f"{error}. Fetch the file again, or upgrade `tokenizers`."
         ) from error
-    built.encode_special_tokens = True
+    built.encode_special_tokens = not parse_special
     return built
-
-
-def _roles(spec: Mapping[str, Any], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
-    """The ids of bos, eos, unk and pad, as far as the tokenizer names them."""
-    roles: dict[str, int] = {}
-    for role, keys in ROLE_KEYS.items():
-        for key in keys:
-            token = config.get(key)
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and content in ids:
-                roles.setdefault(role, ids[content])
-    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token.get("special")}
-    ending = next((added[name] for name in EOS_NAMES if name in added), None)
-    if ending is not None:
-        roles.setdefault("eos", ending)
-    model = spec["model"]
-    if "unk" not in roles:
-        unknown = model["unk_id"] if model.get("unk_id") is not None else ids.get(model.get("unk_token") or "")
-        roles.update({} if unknown is None else {"unk": unknown})
-    return roles
 
 
 def _utf8(text: str, index: int) -> bytes:
@@ -378,15 +389,3 @@ def _utf8(text: str, index: int) -> bytes:
             f"text {index} has a lone surrogate at character {error.start}, which is not Unicode text; "
             "replace it, for example by text.encode('utf-8', 'replace').decode()."
         ) from error
-
-
-def _stretches(fragment: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Cuts bytes into pairs of a valid UTF-8 stretch and the invalid bytes after it."""
-    while fragment:
-        try:
-            fragment.decode()
-            yield fragment, b""
-            return
-        except UnicodeDecodeError as error:
-            yield fragment[: error.start], fragment[error.start : error.end]
-            fragment = fragment[error.end :]

@@ -40,6 +40,7 @@ FENCES = {
     "sentencepiece": ("fusejax.io", "fusejax.data"),
     "google": ("fusejax.io", "fusejax.data"),
     "datasets": ("fusejax.data",),
+    "jinja2": ("fusejax.data",),
     "pyarrow": ("fusejax.data",),
     "grain": ("fusejax.data",),
     "safetensors": ("fusejax.io.hf",),
