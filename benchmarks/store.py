@@ -4,7 +4,9 @@
 
 The models are the small story models of the shared data directory (`FUSEJAX_DATA`), run over the test stories;
 without them, a random model over random text stands in, and the rows say so. Seconds are processor time of one
-core. `kl` is the divergence from what the model said to what a reader gets, in nats per position.
+core. `kl` is the divergence from what the model said to what a reader gets, in nats per position. Two shards of the
+default size are filled with the records, again and again, to measure bytes on disk and rates; bits are flipped in a
+store of one shard that holds each record once.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from fusejax.io.store_record import pack_record, unpack_record
 from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig, init_params, score_tokens
 from fusejax.sources.capture import capture_shard, record_of
+from fusejax.stages.capture_size import documents_per_shard
 from tests.paths import DATA
 
 MODELS, ENTRIES, CODECS = ("stories3M", "stories260K"), (10, 32), ("compact", "float16", "float32")
@@ -88,22 +91,41 @@ def rate(count: int, work) -> float:
     return count / min(seconds)
 
 
-def on_disk(records: list[Record], codec: str, positions: int, root: Path) -> dict:
-    """Bytes of the shards, random reads, and flipped bits that are found."""
-    writer = RecordWriter(root / "a", kind="captured", settings={"codec": codec}, shard_size=len(records), codec=codec)
-    for record in records:
-        writer.write(record)
+def _store(root: Path, records: list[Record], codec: str, *, count: int, shard_size: int) -> float:
+    """Writes `count` records to `root / "a"`; processor seconds."""
+    start = time.process_time()
+    writer = RecordWriter(root / "a", kind="captured", settings={"codec": codec}, shard_size=shard_size, codec=codec)
+    for index in range(count):
+        writer.write(records[index % len(records)])
     writer.finish()
+    return time.process_time() - start
+
+
+def on_disk(records: list[Record], codec: str, *, top_k: int, root: Path) -> dict:
+    """Bytes of default shards, written and read at random."""
+    text = sum(int(record.header["n_bytes"]) for record in records)
+    shard_size = documents_per_shard(len(records), text, top_k=top_k, codec=codec)
+    seconds = _store(root, records, codec, count=2 * shard_size, shard_size=shard_size)
     reader, rng = RecordReader(root / "a"), np.random.default_rng(0)
-    wanted = rng.integers(0, len(reader), READS)
+    written, wanted = int(reader.lengths.sum()), rng.integers(0, len(reader), READS)
     read = int(reader.lengths[wanted].sum())
-    result = {
-        "disk_bytes_per_position": sum(p.stat().st_size for p in (root / "a").iterdir()) / positions,
-        "random_read_positions_per_s": rate(read, lambda: [reader[int(i)] for i in wanted]),
-        "random_read_ms_per_document": 0.0,
+    random_reads = rate(read, lambda: [reader[int(i)] for i in wanted])
+    size = sum(p.stat().st_size for p in (root / "a").iterdir())
+    shutil.rmtree(root / "a")
+    return {
+        "documents_per_shard": shard_size,
+        "shard_bytes": size // 2,
+        "disk_bytes_per_position": size / written,
+        "write_positions_per_s": written / seconds,
+        "random_read_positions_per_s": random_reads,
+        "random_read_ms_per_document": 1e3 * read / random_reads / READS,
     }
-    result["random_read_ms_per_document"] = 1e3 * read / result["random_read_positions_per_s"] / READS
-    found, named = 0, 0
+
+
+def detection(records: list[Record], codec: str, root: Path) -> dict:
+    """Flipped bits that are found."""
+    _store(root, records, codec, count=len(records), shard_size=len(records))
+    rng, found, named = np.random.default_rng(0), 0, 0
     path = next((root / "a").glob("*.array_record"))
     data = path.read_bytes()
     for bit in rng.integers(0, len(data) * 8, FLIPS):
@@ -114,7 +136,7 @@ def on_disk(records: list[Record], codec: str, positions: int, root: Path) -> di
         found += len(problems) == 1 and path.name in problems[0]
         named += len(damaged_records(path) or [0]) == 1
     shutil.rmtree(root / "a")
-    return result | {"flips": FLIPS, "flips_found": found, "flips_that_damage_one_record": named}
+    return {"flips": FLIPS, "flips_found": found, "flips_that_damage_one_record": named}
 
 
 def measure(name: str, documents: int, root: Path) -> list[dict]:
@@ -137,7 +159,8 @@ def measure(name: str, documents: int, root: Path) -> list[dict]:
                 "encode_positions_per_s": encode,
                 "decode_positions_per_s": rate(positions, lambda packed=packed: [unpack_record(d) for d in packed]),
             }  # fmt: skip
-            row |= on_disk(records, codec, positions, root) if codec == "compact" else {}
+            if codec == "compact":
+                row |= on_disk(records, codec, top_k=entries, root=root) | detection(records, codec, root)
             row |= {"seconds": positions / encode, "device": "cpu"}
             rows.append(row)
             print(f"{name} K={entries} {codec}: {row['bytes_per_position']:.2f} B, KL {row['kl_mean']:.1e}", flush=True)
@@ -148,17 +171,19 @@ def measure(name: str, documents: int, root: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    head = "model, K, codec, B/position, on disk, KL lost, KL p99, encode /s, decode /s, random read /s, flips found"
-    lines = ["| " + head.replace(", ", " | ") + " |", "|" + "---|" * 11]
+    head = "model, K, codec, B/position, on disk, KL lost, KL p99, KL max, encode /s, decode /s, write /s, "
+    head += "random read /s, flips found"
+    lines = ["| " + head.replace(", ", " | ") + " |", "|" + "---|" * 13]
     for r in rows:
         extra = (
-            f"{r['disk_bytes_per_position']:.1f}", f"{r['random_read_positions_per_s'] / 1e3:.0f}k",
+            f"{r['disk_bytes_per_position']:.1f}", f"{r['write_positions_per_s'] / 1e3:.0f}k",
+            f"{r['random_read_positions_per_s'] / 1e3:.0f}k",
             f"{r['flips_found']}/{r['flips']}",
-        ) if "flips" in r else ("", "", "")  # fmt: skip
+        ) if "flips" in r else ("", "", "", "")  # fmt: skip
         lines.append(
             f"| {r['name']} | {r['shape'][2]} | {r['implementation']} | {r['bytes_per_position']:.1f} | {extra[0]} | "
-            f"{r['kl_mean']:.1e} | {r['kl_p99']:.1e} | {r['encode_positions_per_s'] / 1e3:.0f}k | "
-            f"{r['decode_positions_per_s'] / 1e3:.0f}k | {extra[1]} | {extra[2]} |"
+            f"{r['kl_mean']:.1e} | {r['kl_p99']:.1e} | {r['kl_max']:.1e} | {r['encode_positions_per_s'] / 1e3:.0f}k | "
+            f"{r['decode_positions_per_s'] / 1e3:.0f}k | {extra[1]} | {extra[2]} | {extra[3]} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -180,7 +205,8 @@ def main() -> None:
     if given.markdown:
         title = "# The distribution store\n\n`python benchmarks/store.py --json docs/results/store.json --markdown "
         note = "docs/results/store.md`\n\nSpeeds are positions per second of one core; all bytes of a record count: "
-        note += "tokens, labels, byte ends, header and checksum. `on disk` adds container and index.\n\n"
+        note += "tokens, labels, byte ends, header and checksum. `on disk` adds container and index, in shards of the "
+        note += "default size. `KL` is in nats per position, of the distribution over the entries and the rest.\n\n"
         given.markdown.write_text(title + note + table)
     print(table)
 
