@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusejax.errors import InputError
-from fusejax.io.manifest import MANIFEST, file_checksum, fingerprint_of, read_manifest
+from fusejax.io.checksums import remembered_checksum
+from fusejax.io.manifest import MANIFEST, fingerprint_of, read_manifest
 from fusejax.models.config import ModelConfig
 
 _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
@@ -62,11 +63,15 @@ def cache_dir() -> Path:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Returns a hash of what determines a model: its configuration and weights."""
+    """Returns a hash of what determines a model: its configuration and weights.
+
+    Large files are read once: `fusejax.io.checksums` says when what is remembered of them is believed.
+    """
     if _is_checkpoint(directory):
         return read_manifest(directory).fingerprint
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json"), *directory.glob("tokenizer*")])
-    return fingerprint_of({path.name: file_checksum(path) for path in files if path.is_file()})
+    memory = cache_dir() / "checksums"
+    return fingerprint_of({path.name: remembered_checksum(path, memory) for path in files if path.is_file()})
 
 
 def open_config(directory: Path) -> ModelConfig:
