@@ -118,12 +118,20 @@ def _read_scores(directory: Path) -> Evaluation:
 
 
 def command(name: str, words: list[str]) -> Result:
-    """`fusejax evaluate --model DIR --data FILE`, or `fusejax evaluate CONFIG`."""
+    """`fusejax evaluate --model DIR --data FILE`, `... --model DIR --tasks A B`, or `fusejax evaluate CONFIG`."""
     if words and not words[0].startswith("-"):
         from fusejax.stages.run import command as run_command
 
         return run_command(name, words)
-    arguments = parser(name, "Bits per byte: negative log-likelihood over UTF-8 bytes, every byte counted once.")
+    if any(word.split("=")[0] == "--tasks" for word in words):
+        from fusejax.stages.tasks import command as tasks_command
+
+        return tasks_command(name, words)
+    arguments = parser(
+        name,
+        "Bits per byte: negative log-likelihood over UTF-8 bytes, every byte counted once. "
+        "With --tasks instead of --data: see fusejax evaluate --tasks --help.",
+    )
     arguments.add_argument("--model", required=True, help="Hugging Face directory, fusejax checkpoint, or hub name")
     arguments.add_argument("--data", required=True, help="JSONL with {'text': ...}, parquet or folder of text")
     arguments.add_argument("--text-field", default="text", help="field that holds the text")
