@@ -29,7 +29,7 @@ from fusejax.io.hf import INDEX, SINGLE
 from fusejax.io.manifest import write_json
 from fusejax.io.stream_read import dtype_code, dtype_of
 
-__all__ = ["Staging", "TensorWriter", "open_staging", "staging_of"]
+__all__ = ["Staging", "TensorWriter", "open_staging", "refuse_occupied", "staging_of"]
 
 _BLOCK = 2**22
 
@@ -146,6 +146,12 @@ def staging_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.merging")
 
 
+def refuse_occupied(final: Path) -> None:
+    """Raises InputError where there is something at `final` but an empty directory."""
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise InputError(f"{final} exists and is not an empty directory; choose another --out or remove it")
+
+
 @contextlib.contextmanager
 def open_staging(final: Path, identity: str) -> Iterator[Staging]:
     """Yields the staging directory of `final`, which becomes `final` when the block ends without an error.
@@ -160,8 +166,7 @@ def open_staging(final: Path, identity: str) -> Iterator[Staging]:
     Raises:
         InputError: `final` is not empty, or another process is at work in the staging directory.
     """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise InputError(f"{final} exists and is not an empty directory; choose another --out or remove it")
+    refuse_occupied(final)
     directory = staging_of(final)
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)

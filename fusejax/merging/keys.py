@@ -6,6 +6,7 @@ in Hugging Face names and the same model in ours are not thinned alike.
 """
 
 import contextlib
+import math
 import re
 import zlib
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend.random import threefry2x32_p
 
 from fusejax.errors import InputError
 from fusejax.types import Array
 
-__all__ = ["key_data", "matrix_keys"]
+__all__ = ["key_data", "matrix_keys", "uniforms"]
 
 
 def key_data(key: Any) -> Array:
@@ -57,3 +60,25 @@ def matrix_keys(data: Array, path: str, layers: int | None) -> Array:
             key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(layers))
         folded = jax.random.key_data(key)
         return np.asarray(folded) if host else folded
+
+
+def uniforms(key: Array, target: Array, shape: tuple[int, ...], *, start: Array | int = 0) -> Array:
+    """Draws numbers in [0, 1) of which each depends on its flat index only, so that a matrix may be drawn in pieces.
+
+    Args:
+      key: [2] uint32, of the matrix.
+      target: [] int32, the number of the target.
+      shape: of the piece.
+      start: [] uint32, flat index of its first element; the matrix has at most 2**32.
+
+    Returns:
+      [...] float32, what `jax.random.uniform` draws for the whole matrix (with its partitionable threefry).
+    """
+    folded = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), target))
+    index = jnp.broadcast_to(jnp.asarray(start, jnp.uint32), shape)
+    for axis in range(len(shape)):
+        step = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+    high, low = threefry2x32_p.bind(folded[0], folded[1], jnp.zeros_like(index), index)
+    # 23 bits as the fraction of a number in [1, 2).
+    return lax.bitcast_convert_type(((high ^ low) >> 9) | np.uint32(0x3F800000), jnp.float32) - 1

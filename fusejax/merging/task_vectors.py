@@ -16,7 +16,7 @@ from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.merging.selection import largest_mask
 from fusejax.types import Array
 
-__all__ = ["breadcrumbs", "breadcrumbs_ties", "consensus", "task_arithmetic", "ties"]
+__all__ = ["breadcrumb_counts", "breadcrumbs", "breadcrumbs_ties", "consensus", "task_arithmetic", "ties"]
 
 
 def task_arithmetic(
@@ -122,11 +122,16 @@ def _trim(vectors: Array, density: Sequence[float], rescale: bool) -> Array:
     return trimmed * jnp.where(after == 0, 1, before / jnp.where(after == 0, 1, after))
 
 
+def breadcrumb_counts(size: int, density: Sequence[float], gamma: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Returns how many of `size` elements are kept of every task vector, and how many larger ones are dropped."""
+    kept = [_share(share, size) for share in density]
+    return kept, [min(_share(share, size), size - count) for share, count in zip(gamma, kept, strict=True)]
+
+
 def _between(base: Array, targets: Array, density: Sequence[float], gamma: Sequence[float]) -> Array:
     """Task vectors without their largest and smallest elements."""
-    vectors, size = targets - base, base.size
-    kept = [_share(share, size) for share in density]
-    dropped = [min(_share(share, size), size - count) for share, count in zip(gamma, kept, strict=True)]
+    vectors = targets - base
+    kept, dropped = breadcrumb_counts(base.size, density, gamma)
     mask = _largest(vectors, [count + more for count, more in zip(kept, dropped, strict=True)])
     if any(dropped):
         mask &= ~_largest(vectors, dropped)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fusejax.merging.average import sum_targets, weighted_sum
 from fusejax.types import Array
 
-__all__ = ["GRANULARITIES", "varm", "varm_coefficients", "varm_energy", "varm_unit"]
+__all__ = ["GRANULARITIES", "varm", "varm_coefficients", "varm_energy", "varm_shares", "varm_unit"]
 
 GRANULARITIES = ("matrix", "model", "layer", "module", "parameter")
 
@@ -37,7 +37,7 @@ def varm(base: Array, targets: Array, *, granularity: str = "matrix", energy: Ar
         return targets[0]
     differences = targets - base
     energy = jnp.square(differences) if granularity == "parameter" else _energy(base, targets, energy)
-    return base + weighted_sum(_shares(energy), differences)
+    return base + weighted_sum(varm_shares(energy), differences)
 
 
 def varm_coefficients(
@@ -45,9 +45,9 @@ def varm_coefficients(
 ) -> Array:
     """Returns the weight of every target, [J]; for "parameter" its mean over elements (arguments as `varm`)."""
     if granularity == "parameter":
-        shares = _shares(jnp.square(targets - base))
+        shares = varm_shares(jnp.square(targets - base))
         return jnp.mean(shares, axis=tuple(range(1, shares.ndim)))
-    return _shares(_energy(base, targets, energy))
+    return varm_shares(_energy(base, targets, energy))
 
 
 def varm_energy(base: Array, targets: Array, *, granularity: str = "matrix") -> Array:
@@ -79,7 +79,7 @@ def _energy(base: Array, targets: Array, energy: Array | None) -> Array:
     return varm_energy(base, targets) if energy is None else energy
 
 
-def _shares(energy: Array) -> Array:
-    """Energies over their sum along the first axis; equal shares where nothing changed."""
+def varm_shares(energy: Array) -> Array:
+    """Returns energies over their sum along the first axis; equal shares where nothing changed."""
     total = sum_targets(energy)
     return jnp.where(total == 0, 1 / energy.shape[0], energy / jnp.where(total == 0, 1, total))

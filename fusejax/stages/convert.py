@@ -12,6 +12,7 @@ from fusejax.io.hf import load_hf_model, save_hf_model
 from fusejax.io.manifest import fingerprint_of
 from fusejax.io.models import open_model, resolve_model
 from fusejax.io.progress import say
+from fusejax.io.stream_write import refuse_occupied
 from fusejax.io.tokenizers import check_vocabulary, load_tokenizer
 from fusejax.stages.command import Result, parser
 from fusejax.stages.context import Run
@@ -33,7 +34,7 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument("--out", type=Path, required=True, help="new directory")
     given = arguments.parse_args(words)
     source = resolve_model(given.model)
-    _refuse_existing(given.out)
+    refuse_occupied(given.out)
     facts = export_model(source, given.out) if name == "export" else _import(source, given.out)
     return Result(facts, f"{name}ed {source} to {given.out}: {facts['parameters']:,} parameters")
 
@@ -96,11 +97,6 @@ def _count(params: Any) -> int:
     import jax
 
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty directory; choose another --out or remove it")
 
 
 def _card(run: Run, arm: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest, fingerprint_of
+from fusejax.io.stream_write import refuse_occupied
 from fusejax.merging import MERGE_METHODS
 from fusejax.stages.merge_recipes import extended, flags_to_parameters, read_recipes
 
@@ -93,13 +94,12 @@ def command(name: str, words: list[str]) -> "Result":
         return run_command(name, words)
     given, extra = _arguments(name).parse_known_args(words)
     recipes = _recipes(given, flags_to_parameters(extra))
-    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
-        raise InputError(f"{given.out} exists and is not an empty directory; choose another --out or remove it")
+    refuse_occupied(given.out)
     return _explain(recipes) if given.explain else _merge(recipes, given)
 
 
 def _arguments(name: str) -> argparse.ArgumentParser:
-    from fusejax.stages.merge_engine import NONFINITE
+    from fusejax.stages.merge_scan import NONFINITE
 
     made = argparse.ArgumentParser(
         prog=f"fusejax {name}",

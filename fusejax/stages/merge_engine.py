@@ -1,19 +1,17 @@
-"""A merge plan carried out over files: tensor by tensor, each in chunks where its method allows it.
+"""A merge plan carried out over files: tensor by tensor, each in chunks.
 
 Workers take tensors from the plan, largest first, and write them at their final places; nothing waits for a whole
-model. The common methods need some megabytes per worker (`merge_chunks`); all others take whole matrices
-(`merge_leaf`), one tensor at a time, and need about three float32 copies of the largest matrix per input. With a mesh
-every tensor is laid over its devices by rows, each device reads only its part, and the pure functions run as one
+model, and nothing holds a whole matrix (`merge_statistics`), so memory is some megabytes per worker whatever the model.
+What cannot be merged in chunks (float64, 8-bit floats, integers) is merged as whole matrices, one at a time. With a
+mesh every tensor is laid over its devices by rows, each device reads only its part, and the pure functions run as one
 program over the mesh.
 
-Whether values are finite is found out where they are read, not in a pass of its own: a NaN ends the merge with the
-names of tensor and file, and what was written so far lies in a temporary directory, which is removed.
+That inputs are finite is known before (`merge_scan`); a result beyond the range of its dtype ends the merge here.
 """
 
 import contextlib
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -23,48 +21,48 @@ import numpy as np
 import xxhash
 
 from fusejax.errors import InputError
-from fusejax.io.stream_read import ArrayTensor, FileTensor, ModelTensors, StoredTensor, dtype_of
+from fusejax.io.stream_read import ModelTensors, StoredTensor, dtype_of
 from fusejax.io.stream_write import Staging, TensorWriter
 from fusejax.merging import MERGE_METHODS, merge_leaf
-from fusejax.merging.plan import MergePlan, TensorMerge, TensorRef
+from fusejax.merging.keys import matrix_keys
+from fusejax.merging.plan import MergePlan, TensorMerge
 from fusejax.merging.registry import resolve
-from fusejax.merging.vocabulary import align_rows
-from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, energies, is_chunked, nonfinite, prepare
+from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, nonfinite
+from fusejax.stages.merge_inputs import input_tensors, read_tensor
+from fusejax.stages.merge_scan import kept_tensor
+from fusejax.stages.merge_statistics import energies, is_chunked, prepare, row_length
 
-__all__ = ["NONFINITE", "Made", "carry_out", "gathers_rows"]
-
-NONFINITE = ("error", "skip-tensor")
+__all__ = ["Made", "carry_out"]
 
 
 class Made(NamedTuple):
     """What became of one output tensor."""
 
     coefficients: list[float] | None  # one per target
-    inputs: dict[str, str]  # model -> xxh3 of the bytes that were read
     xxh3: str  # of the bytes that were written
-    skipped: list[str]  # files in which it was not finite; then it is the base's
 
 
 def carry_out(
     plan: MergePlan, models: Mapping[str, ModelTensors], writer: TensorWriter, staging: Staging, *,
-    threads: int = 2, nonfinite: str = "error", mesh: Any = None, tick: Callable[[int], None] = lambda _: None,
+    threads: int = 2, skipped: Mapping[str, Any] | None = None, mesh: Any = None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Made]:  # fmt: skip
     """Makes every tensor of a plan that the staging directory does not hold yet.
 
     Args:
         plan: from `fusejax.merging.planner.plan_merge`.
-        models: every model of the plan, open.
+        models: every model of the plan, open, its inputs finite but those of `skipped`.
         writer: has a place for every output tensor.
         staging: knows what an earlier, killed merge has finished.
         threads: workers.
-        nonfinite: "error", or "skip-tensor" to take the base's tensor where a target's is not finite.
+        skipped: output tensors that are the base's.
         mesh: a `jax.sharding.Mesh` to merge on; None merges on the host.
         tick: called with the bytes of every finished tensor.
 
     Raises:
-        InputError: an input with NaN or infinity, or a result beyond the range of its dtype.
+        InputError: a result beyond the range of its dtype.
     """
-    run = _Run(plan, models, writer, nonfinite == "skip-tensor", mesh)
+    run = _Run(plan, models, writer, skipped or {}, mesh)
     made: dict[str, Made] = {}
     for name, facts in staging.finished.items():
         if facts["xxh3"] == writer.checksum(name):
@@ -106,10 +104,10 @@ def _host_device() -> Any:
 
 class _Run:
     def __init__(
-        self, plan: MergePlan, models: Mapping[str, ModelTensors], writer: TensorWriter, skip: bool, mesh: Any
-    ):
-        self._plan, self._models, self._writer, self._skip, self._mesh = plan, models, writer, skip, mesh
-        self._steps = {step.output: step for step in plan.tensors}
+        self, plan: MergePlan, models: Mapping[str, ModelTensors], writer: TensorWriter, skipped: Mapping[str, Any],
+        mesh: Any,
+    ):  # fmt: skip
+        self._plan, self._models, self._writer, self._skipped, self._mesh = plan, models, writer, skipped, mesh
         self._whole = threading.Lock()  # one whole matrix at a time
         self._energies: dict[str, np.ndarray] = {}
 
@@ -119,126 +117,58 @@ class _Run:
 
     def make(self, step: TensorMerge) -> Made:
         """Makes one tensor."""
-        spec, values = resolve(step.method, step.parameters, len(step.targets), step.base is not None)
-        refs = self._refs(step)
-        with self._inputs(step, refs) as tensors:
-            try:
-                if self._mesh is not None:
-                    return self._on_mesh(step, refs, tensors)
-                if is_chunked(step.method, values, [*(t.dtype for t in tensors), step.dtype]):
-                    return self._in_chunks(step, refs, tensors, values)
-                with self._whole:
-                    return self._as_a_whole(step, refs, tensors, spec)
-            except _NotFinite as problem:
-                return self._skipped(step, problem)
-
-    def _refs(self, step: TensorMerge) -> list[TensorRef]:
-        """The inputs that matter, the base first."""
-        with_base = step.base is not None and MERGE_METHODS[step.method].uses_base
-        return [*([step.base] if with_base and step.base else []), *step.targets]
-
-    @contextlib.contextmanager
-    def _inputs(self, step: TensorMerge, refs: list[TensorRef]) -> Iterator[list[StoredTensor]]:
-        """The input tensors, of one shape and dtype."""
-        tensors = [self._models[ref.model].tensors[ref.name] for ref in refs]
-        aligned = gathers_rows(self._plan, step)
-        if not aligned and step.vocabulary and self._plan.rows:
-            tensors = [_first_rows(tensor, len(self._plan.tokens)) for tensor in tensors]
-        dtypes = {tensor.dtype for tensor in tensors}
-        if not aligned and len(dtypes) == 1:
-            yield tensors
-            return
+        if step.output in self._skipped:
+            return self._keep(step)
+        tensors = input_tensors(self._plan, self._models, step)
+        if self._mesh is not None:
+            return self._on_mesh(step, tensors)
+        if is_chunked([tensors[0].dtype, step.dtype]):
+            return self._in_chunks(step, tensors)
         with self._whole:
-            arrays = {ref.model: _read(tensor) for ref, tensor in zip(refs, tensors, strict=True)}
-            if aligned:
-                rows = {model: self._plan.rows[model] for model in arrays}
-                default = self._plan.default_model if self._plan.default_model in arrays else None
-                arrays = align_rows(arrays, rows, default=default)
-            if len(dtypes) > 1:
-                wide = jnp.result_type(*(dtype_of(name) for name in dtypes))
-                arrays = {model: array.astype(wide) for model, array in arrays.items()}
-            ready: list[StoredTensor] = [
-                ArrayTensor(np.ascontiguousarray(arrays[ref.model]), tensor.where)
-                for ref, tensor in zip(refs, tensors, strict=True)
-            ]
-        yield ready
+            return self._as_a_whole(step, tensors)
 
-    def _in_chunks(
-        self, step: TensorMerge, refs: list[TensorRef], tensors: list[StoredTensor], values: dict[str, Any]
-    ) -> Made:
-        chunks = Chunks(tensors)
+    def _in_chunks(self, step: TensorMerge, tensors: Sequence[StoredTensor]) -> Made:
+        spec, values = resolve(step.method, step.parameters, len(step.targets), step.base is not None)
+        if spec.random:
+            values = {**values, "key": matrix_keys(values["key"], step.output, None)}
+        chunks = Chunks(tensors, row=row_length(step.method, values, tensors[0].shape))
+        energy = self._energies.get(step.output)
         try:
-            prepared = prepare(step.method, chunks, values, self._energies.get(step.output))
+            prepared = prepare(step.method, chunks, values, has_base=step.base is not None, energy=energy)
         except OverflowError:
-            _raise_bad(step, chunks)
-            raise InputError(
-                f"the squared changes of {step.output} are beyond float32; is it the same model?"
-            ) from None
-        _raise_bad(step, chunks)
+            raise InputError(f"sums over {step.output} are beyond float32; is it the same model?") from None
         written, width = xxhash.xxh3_64(), dtype_of(step.dtype).itemsize
         for start, count, raw in chunks:
             piece = prepared(raw, start, count, step.dtype)
             if nonfinite(piece, step.dtype):
-                _raise_bad(step, chunks)
                 raise _overflow(step)
             written.update(piece.data)
             self._writer.write(step.output, start * width, piece)
-        _raise_bad(step, chunks)
-        inputs = {ref.model: digest for ref, digest in zip(refs, chunks.digests or [], strict=True)}
-        coefficients = None if prepared.coefficients is None else list(prepared.coefficients)
-        return Made(coefficients, inputs, written.hexdigest(), [])
+        return Made(None if prepared.coefficients is None else list(prepared.coefficients), written.hexdigest())
 
-    def _as_a_whole(self, step: TensorMerge, refs: list[TensorRef], tensors: list[StoredTensor], spec: Any) -> Made:
-        arrays = [_read(tensor) for tensor in tensors]
-        inputs = {ref.model: xxhash.xxh3_64(_bytes(a)).hexdigest() for ref, a in zip(refs, arrays, strict=True)}
-        if bad := [t.where for t, array in zip(tensors, arrays, strict=True) if not _finite(array)]:
-            raise _NotFinite(step.output, bad)
-        base, targets = (arrays[0], arrays[1:]) if len(refs) > len(step.targets) else (None, arrays)
-        wanted = spec.coefficients is not None and jnp.issubdtype(arrays[0].dtype, jnp.floating)
-        options = {"method": step.method, "params": step.parameters, "dtype": step.dtype, "coefficients": wanted}
-        result = merge_leaf(step.output, base, targets, **options)
-        merged, factors = result if wanted else (result, None)
+    def _as_a_whole(self, step: TensorMerge, tensors: Sequence[StoredTensor]) -> Made:
+        merged, factors = _merged(step, [read_tensor(tensor) for tensor in tensors])
         merged = np.ascontiguousarray(merged)
         self._writer.write(step.output, 0, merged)
-        coefficients = None if factors is None else np.asarray(factors, np.float64).tolist()
-        return Made(coefficients, inputs, xxhash.xxh3_64(_bytes(merged)).hexdigest(), [])
+        return Made(factors, xxhash.xxh3_64(_bytes(merged)).hexdigest())
 
-    def _on_mesh(self, step: TensorMerge, refs: list[TensorRef], tensors: list[StoredTensor]) -> Made:
+    def _on_mesh(self, step: TensorMerge, tensors: Sequence[StoredTensor]) -> Made:
         from fusejax.stages.merge_mesh import place_rows, written_rows
 
-        arrays = [place_rows(tensor.load(), self._mesh) for tensor in tensors]
-        flags = [bool(jnp.isfinite(array).all()) for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
-        if bad := [tensor.where for tensor, fine in zip(tensors, flags, strict=False) if not fine]:
-            raise _NotFinite(step.output, bad)
-        base, targets = (arrays[0], arrays[1:]) if len(refs) > len(step.targets) else (None, arrays)
-        wanted = MERGE_METHODS[step.method].coefficients is not None and bool(flags)
-        options = {"method": step.method, "params": step.parameters, "dtype": step.dtype, "coefficients": wanted}
-        result = merge_leaf(step.output, base, targets, **options)
-        merged, factors = result if wanted else (result, None)
-        if flags and not bool(jnp.isfinite(merged).all()):
+        merged, factors = _merged(step, [place_rows(tensor.load(), self._mesh) for tensor in tensors])
+        if jnp.issubdtype(merged.dtype, jnp.floating) and not bool(jnp.isfinite(merged).all()):
             raise _overflow(step)
         for start, piece in written_rows(merged):
             self._writer.write(step.output, start, piece)
-        coefficients = None if factors is None else np.asarray(factors, np.float64).tolist()
-        return Made(coefficients, {}, self._writer.checksum(step.output), [])
+        return Made(factors, self._writer.checksum(step.output))
 
-    def _skipped(self, step: TensorMerge, problem: "_NotFinite") -> Made:
-        """Takes the base's tensor in place of one that cannot be merged, where that was asked for."""
-        template = self._models[self._plan.template].tensors.get(step.output)
-        source = self._models[step.base.model].tensors[step.base.name] if step.base else template
-        advice = "the checkpoint is damaged or its training diverged; use an earlier one"
-        if not self._skip:
-            raise InputError(f"{problem}; {advice}, or keep the base's tensor with --nonfinite skip-tensor")
-        array = None if source is None else _read(source)
-        if (
-            array is None
-            or not _finite(array)
-            or array.nbytes // array.itemsize != self.size(step.output) // (dtype_of(step.dtype).itemsize)
-        ):
-            raise InputError(f"{problem}, and the base has no finite tensor to keep in its place; {advice}")
-        array = np.ascontiguousarray(array.astype(dtype_of(step.dtype)))
+    def _keep(self, step: TensorMerge) -> Made:
+        """Takes the base's tensor, as an input is not finite and that was asked for."""
+        source = kept_tensor(self._plan, self._models, step)
+        assert source is not None  # the scan has seen it
+        array = np.ascontiguousarray(read_tensor(source).astype(dtype_of(step.dtype)))
         self._writer.write(step.output, 0, array)
-        return Made(None, {}, xxhash.xxh3_64(_bytes(array)).hexdigest(), problem.files)
+        return Made(None, xxhash.xxh3_64(_bytes(array)).hexdigest())
 
     def gather_energies(self, steps: list[TensorMerge]) -> None:
         """Sums the changes of units wider than a matrix (`varm` by layer, module or model), in a pass of its own."""
@@ -247,41 +177,26 @@ class _Run:
         wide = any(_unit(step) for step in steps)
         for step in self._plan.tensors if wide else ():
             unit = _unit(step)
-            if unit is None:
+            if unit is None or step.output in self._skipped:
                 continue
-            with self._inputs(step, self._refs(step)) as tensors:
-                if tensors[0].dtype not in RAW_DTYPES:
-                    raise InputError(
-                        f"{step.output} is {tensors[0].dtype}; weights of wider units need a float up to 32 bits"
-                    )
-                chunks = Chunks(tensors)
-                energy = energies(chunks)
-                if chunks.bad:
-                    continue  # said when the tensor's turn comes
+            tensors = input_tensors(self._plan, self._models, step)
+            if tensors[0].dtype not in RAW_DTYPES:
+                raise InputError(
+                    f"{step.output} is {tensors[0].dtype}; weights of wider units need a float of 16 or 32 bits"
+                )
             units[step.output] = unit
-            sums[unit] = sums.get(unit, 0) + energy
+            sums[unit] = sums.get(unit, 0) + energies(Chunks(tensors))
         self._energies = {name: sums[unit] for name, unit in units.items()}
 
 
-def gathers_rows(plan: MergePlan, step: TensorMerge) -> bool:
-    """Returns whether a tensor's rows are looked up by token; the first rows in their order are read as they lie."""
-    if not (step.vocabulary and plan.rows):
-        return False
-    refs = [*([step.base] if step.base else []), *step.targets]
-    return any(not np.array_equal(plan.rows[ref.model], np.arange(len(plan.tokens))) for ref in refs)
-
-
-def _first_rows(tensor: StoredTensor, count: int) -> StoredTensor:
-    loaded = tensor.load()
-    if isinstance(loaded, FileTensor):
-        return loaded._replace(shape=(count, *loaded.shape[1:]))
-    return ArrayTensor(_read(loaded)[:count], loaded.where)
-
-
-class _NotFinite(Exception):
-    def __init__(self, name: str, files: list[str]):
-        super().__init__(f"{name} holds NaN or infinity in {', '.join(files)}")
-        self.files = files
+def _merged(step: TensorMerge, arrays: list[Any]) -> tuple[Any, list[Any] | None]:
+    """Merges whole matrices; also the coefficients where the method has them."""
+    base, targets = (arrays[0], arrays[1:]) if step.base is not None else (None, arrays)
+    wanted = MERGE_METHODS[step.method].coefficients is not None and jnp.issubdtype(arrays[0].dtype, jnp.floating)
+    options = {"method": step.method, "params": step.parameters, "dtype": step.dtype, "coefficients": wanted}
+    result = merge_leaf(step.output, base, targets, **options)
+    merged, factors = result if wanted else (result, None)
+    return merged, None if factors is None else np.asarray(factors, np.float64).tolist()
 
 
 def _unit(step: TensorMerge) -> str | None:
@@ -290,28 +205,9 @@ def _unit(step: TensorMerge) -> str | None:
     return None if found is None else found[0]
 
 
-def _raise_bad(step: TensorMerge, chunks: Chunks) -> None:
-    if chunks.bad:
-        raise _NotFinite(step.output, [chunks.tensors[row].where for row in sorted(chunks.bad)])
-
-
 def _overflow(step: TensorMerge) -> InputError:
     return InputError(f"merging {step.output} gives values beyond the range of {step.dtype}; choose a wider dtype")
 
 
-def _read(tensor: StoredTensor) -> np.ndarray:
-    loaded = tensor.load()
-    array = np.empty(math.prod(tensor.shape), dtype_of(tensor.dtype))
-    loaded.read_into(0, array.view(np.uint8))
-    return array.reshape(tensor.shape)
-
-
 def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-def _finite(array: np.ndarray) -> bool:
-    name = array.dtype.name
-    if name in RAW_DTYPES:
-        return not nonfinite(array.reshape(-1).view(RAW_DTYPES[name]), name)
-    return not jnp.issubdtype(array.dtype, jnp.floating) or bool(np.isfinite(array).all())

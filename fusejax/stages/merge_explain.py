@@ -6,9 +6,9 @@ from typing import Any
 from fusejax.io.stream_read import dtype_of
 from fusejax.merging import MERGE_METHODS
 from fusejax.merging.registry import resolve
-from fusejax.stages.merge_chunks import is_chunked
-from fusejax.stages.merge_engine import gathers_rows
 from fusejax.stages.merge_files import Job
+from fusejax.stages.merge_scan import input_refs
+from fusejax.stages.merge_statistics import is_chunked, statistics_passes
 
 __all__ = ["explain", "explanation_text"]
 
@@ -18,7 +18,6 @@ _SOURCES = {
     "linear": "given weights",
     "task_arithmetic": "given weights",
 }
-_PASSES = {"sce": 2, "varm": 2, "ties": 1, "slerp": 2}
 
 
 def explain(job: Job) -> dict[str, Any]:
@@ -50,23 +49,16 @@ def explain(job: Job) -> dict[str, Any]:
 
 
 def _tensor(job: Job, step: Any) -> dict[str, Any]:
-    refs = [*([step.base] if step.base else []), *step.targets]
+    refs = input_refs(step)
     stored = [job.models[ref.model].tensors[ref.name] for ref in refs]
     _, values = resolve(step.method, step.parameters, len(step.targets), step.base is not None)
     dtypes = [tensor.dtype for tensor in stored]
-    chunked = (
-        not gathers_rows(job.plan, step)
-        and len(set(dtypes)) == 1
-        and is_chunked(step.method, values, [*dtypes, step.dtype])
-    )
+    chunked = is_chunked([*dtypes, step.dtype])
     shape = list(stored[0].shape)
     if step.vocabulary and job.plan.rows:
         shape[0] = len(job.plan.tokens)
     size = sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in stored)
-    passes = _PASSES.get(step.method, 1) if chunked else 1
-    share = values.get("select_topk", 1.0) if step.method == "sce" else min(values.get("density", [1.0]), default=1.0)
-    if chunked and step.method in ("sce", "ties") and isinstance(share, int | float) and share < 1:
-        passes += 2
+    passes = 2 + (statistics_passes(step.method, values) if chunked else 0)  # the look at the inputs, and the result
     return {
         "name": step.output,
         "shape": shape,

@@ -23,11 +23,12 @@ from fusejax.io.models import resolve_model
 from fusejax.io.progress import progress
 from fusejax.io.stream_read import ModelTensors, equal_tensors, open_tensors
 from fusejax.io.stream_tokens import extended_tokenizer, read_tokens
-from fusejax.io.stream_write import Staging, TensorWriter, open_staging
+from fusejax.io.stream_write import Staging, TensorWriter, open_staging, refuse_occupied
 from fusejax.merging.plan import MergePlan, ModelFacts, TensorSpec
 from fusejax.merging.planner import plan_merge
 from fusejax.merging.recipe import Recipe, parse_recipe
 from fusejax.stages.merge_engine import Made, carry_out
+from fusejax.stages.merge_scan import Scan, scan_inputs
 
 __all__ = ["RECORD", "Job", "Options", "identity_of", "opened_job", "perform"]
 
@@ -96,19 +97,21 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
     identity = identity_of(job, options)
     out.parent.mkdir(parents=True, exist_ok=True)
     threads = options.threads or min(os.cpu_count() or 1, 8)
+    refuse_occupied(out)
+    scan = scan_inputs(plan, job.models, nonfinite=options.nonfinite, threads=threads)
     with open_staging(out, identity) as staging:
         _small_files(job, staging, shapes)  # first: what is wrong with them is found before hours of work
         writer = TensorWriter(staging.directory, shapes)
         try:
             with progress("merge", total=writer.total, unit="bytes") as bar:
                 made = carry_out(
-                    plan, job.models, writer, staging, threads=threads, nonfinite=options.nonfinite,
+                    plan, job.models, writer, staging, threads=threads, skipped=scan.skipped,
                     mesh=options.mesh, tick=bar.update,
                 )  # fmt: skip
             writer.finish()
         finally:
             writer.close()
-        record = _record(job, made, identity)
+        record = _record(job, made, scan, identity)
         _reports(job, staging, made, record)
         if options.checkpoint:
             from fusejax.stages.merge_checkpoint import convert_in_place
@@ -182,20 +185,18 @@ def _template(job: Job) -> str:
     return chosen if chosen is not None and chosen in job.directories else job.plan.template
 
 
-def _record(job: Job, made: Mapping[str, Made], identity: str) -> dict[str, Any]:
+def _record(job: Job, made: Mapping[str, Made], scan: Scan, identity: str) -> dict[str, Any]:
     from fusejax import __version__
 
-    read: dict[str, dict[str, str]] = {name: {} for name in job.plan.models}
-    for tensor, found in made.items():
-        for model, digest in found.inputs.items():
-            read[model][tensor] = digest
     return {
         "fusejax": __version__,
         "recipe": dict(job.read),
-        "inputs": {name: {"xxh3": fingerprint_of(digests), "tensors": len(digests)} for name, digests in read.items()},
+        "inputs": {
+            name: {"xxh3": fingerprint_of(found), "tensors": len(found)} for name, found in scan.digests.items()
+        },
         "output": fingerprint_of({tensor: found.xxh3 for tensor, found in made.items()}),
         "tensors": len(made),
-        "skipped": {tensor: found.skipped for tensor, found in made.items() if found.skipped},
+        "skipped": dict(scan.skipped),
         "notes": list(job.plan.notes),
         "identity": identity,
     }
