@@ -1,11 +1,13 @@
 """`fusejax <command>`: parses, calls one stage, prints. No work is done here.
 
-Exit codes: 0 done; 2 bad configuration or input; 1 anything else. With `--json` the last line of standard
+Exit codes: 0 done; 2 bad configuration or input; 85 stopped by SIGTERM and 130 by SIGINT, with what was done kept; 75
+stuck (the watchdog); 1 anything else. With `--json` the last line of standard
 output is one JSON object. Progress and messages go to standard error.
 """
 
 __all__ = ["main"]
 
+import contextlib
 import errno
 import importlib
 import json
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fusejax.errors import InputError, nearest
+from fusejax.errors import InputError, Preempted, nearest
 
 
 class _Command(NamedTuple):
@@ -68,7 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = words
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)}\n\n{_usage()}", 2)
-    return _leave(_guarded(lambda: _run(name, rest)))
+    code, error = 1, None
+    try:
+        code = _guarded(lambda: _run(name, rest))
+    except Exception as raised:
+        if not _several():
+            raise
+        error = raised
+    if code and _several():
+        from fusejax.train.faults import leave
+
+        leave(code, error=error)  # at once: its peers may be waiting for it
+    return code
 
 
 def _run(name: str, rest: list[str]) -> None:
@@ -77,7 +90,8 @@ def _run(name: str, rest: list[str]) -> None:
     if _left_to_the_first(name, rest):
         return
     module = importlib.import_module(f"fusejax.stages.{COMMANDS[name].module}")
-    result = module.command(name, rest)
+    with _watched(name):
+        result = module.command(name, rest)
     if as_json:
         print(json.dumps(result.data, ensure_ascii=False, default=float))
     elif result.text:
@@ -86,22 +100,28 @@ def _run(name: str, rest: list[str]) -> None:
         raise SystemExit(result.exit_code)
 
 
+def _watched(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Signals end what takes long in an orderly way; see `fusejax.train.faults`."""
+    if name not in (*_SHARED, "quickstart"):
+        return contextlib.nullcontext()
+    from fusejax.train.faults import guarded
+
+    return guarded()
+
+
 def _left_to_the_first(name: str, rest: list[str]) -> bool:
     """Whether this is a further process of a job, and the command no configuration that processes share."""
     further = name != "env" and os.environ.get("FUSEJAX_PROCESS", "0") not in ("", "0")  # each needs its own flags
     return further and not (name in _SHARED and rest and not rest[0].startswith("-"))
 
 
-def _leave(code: int) -> int:
-    """Returns the exit code; a process of several that failed goes at once, as its peers may be waiting for it."""
-    if code and "jax" in sys.modules:
-        from fusejax.parallel.processes import process_count
+def _several() -> bool:
+    """Whether this is one of several processes."""
+    if "jax" not in sys.modules:
+        return False
+    from fusejax.parallel.processes import process_count
 
-        if process_count() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return code
+    return process_count() > 1
 
 
 def _guarded(call: Callable[[], Any]) -> int:
@@ -127,6 +147,9 @@ def _guarded(call: Callable[[], Any]) -> int:
         raise
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
+    except Preempted as error:
+        print(f"fusejax: {error.message}", file=sys.stderr)
+        return int(error.code or 0)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     return 0

@@ -3,16 +3,36 @@
 `InputError` is a `ValueError` raised for a bad configuration, argument or file; the command line turns it
 into exit code 2 and prints its text without a traceback. Its text says what was wrong, what was got, what
 was expected and what to do.
+
+`Preempted` ends a run that was asked to stop, with its work kept: the same command goes on from there.
 """
 
-__all__ = ["InputError", "nearest"]
+__all__ = ["PREEMPTED", "WATCHDOG", "InputError", "Preempted", "nearest"]
 
 import difflib
 from collections.abc import Iterable
 
+PREEMPTED, WATCHDOG = 85, 75  # exit codes after which a scheduler starts the same command again
+
 
 class InputError(ValueError):
     """A configuration, argument or input file that cannot be used as it is."""
+
+
+class Preempted(SystemExit):
+    """A signal asked the run to stop, and it has; a SystemExit, so that nothing mistakes it for a failure.
+
+    Args:
+      message: what was saved, and how to go on.
+      code: the exit code, 85 after SIGTERM and 130 after SIGINT.
+    """
+
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,9 @@ from fusejax.config.stages import (
     AlignConfig,
     CaptureConfig,
     EvaluateConfig,
+    FaultsConfig,
     FusionConfig,
+    LogConfig,
     LossConfig,
     MergeConfig,
     MeshConfig,
@@ -38,6 +40,8 @@ class RunConfig(Config):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    faults: FaultsConfig = FaultsConfig()
+    log: LogConfig = LogConfig()
     merge: MergeConfig | None = Field(default=None, description="None: nothing is merged.")
     evaluate: EvaluateConfig = EvaluateConfig()
 

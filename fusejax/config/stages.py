@@ -4,7 +4,9 @@ __all__ = [
     "AlignConfig",
     "CaptureConfig",
     "EvaluateConfig",
+    "FaultsConfig",
     "FusionConfig",
+    "LogConfig",
     "LossConfig",
     "MergeConfig",
     "MeshConfig",
@@ -146,6 +148,34 @@ class TrainConfig(Config):
         default=None, ge=1, description="Steps between bits per byte of the valid split; None: never."
     )
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
+
+
+class FaultsConfig(Config):
+    """What training does when something goes wrong."""
+
+    watchdog_seconds: float | None = Field(
+        default=1200.0,
+        gt=0,
+        description="A step that takes longer ends the process with its stacks and exit code 75; compiling, evaluating "
+        "and saving may take three times that. None: no watchdog.",
+    )
+    max_skipped_steps: int = Field(
+        default=0, ge=0, description="Steps in a row that are left out because loss or gradient is not finite."
+    )
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="Also leave out a step whose loss is above this times the recent median."
+    )
+    on_damaged_checkpoint: Literal["stop", "previous"] = Field(
+        default="stop", description="Whether a damaged checkpoint stops the run, or the one before it is taken."
+    )
+
+
+class LogConfig(Config):
+    """Where the metrics of a training go beside metrics.jsonl; TensorBoard is `train.tensorboard`."""
+
+    wandb_project: str | None = Field(
+        default=None, description="Weights & Biases project; its key is read from the environment by wandb alone."
+    )
 
 
 class MeshConfig(Config):

@@ -9,10 +9,12 @@ moment like its parameter, scalars replicated) and of the batch; the state is do
 after the next one has been dispatched, so that the device does not wait for the host.
 
 A loss or gradient that is not finite stops the run with a FloatingPointError that names the step and its
-documents; the step has left the state alone (`fusejax.train.step`), and no checkpoint is written after it.
-Evaluation is a callback that sees the parameters between two steps; it returns numbers and changes nothing.
+documents, or is left out where `faults` allows it (`fusejax.train.skipping`); the step has left the state alone
+(`fusejax.train.step`). Evaluation is a callback that sees the parameters between two steps; it returns numbers and
+changes nothing. Checkpoints are written in the background; one that fails is told after the next step.
 
-Signals, the watchdog and skipping of bad batches are not here yet: they wrap `_Run.advance`.
+Inside `fusejax.train.faults.guarded` the loop saves and stops when a signal asks for it, and a watchdog is told what
+it is doing. Without that, signals do what they do in any Python program.
 """
 
 import contextlib
@@ -27,14 +29,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusejax.errors import InputError
-from fusejax.io.checkpoint import drop_steps_after, latest_step, restore_train_state, save_train_state
+from fusejax.io.checkpoint import StateWriter, drop_steps_after, latest_step, restore_newest_state
+from fusejax.io.progress import say
+from fusejax.parallel.processes import collect
+from fusejax.train.faults import FaultPolicy, Guard, active_guard
 from fusejax.train.metrics import MetricsWriter
+from fusejax.train.skipping import SkipPolicy
 from fusejax.train.step import LossFn, init_train_state, make_train_step
 from fusejax.types import FusionBatch, TrainState
 
 __all__ = ["Loader", "TrainResult", "place", "state_shardings", "train"]
 
 Values = dict[str, float]
+_CAREFUL = FaultPolicy()
 
 
 class Loader(Protocol):
@@ -82,10 +89,13 @@ def train(
     metrics: str | Path | None = None,
     log_every: int = 1,
     tensorboard_dir: str | Path | None = None,
+    wandb_project: str | None = None,
     schedule: Callable[[int], Any] | None = None,
     evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    annotate: Callable[[Values], Mapping[str, float]] | None = None,
     on_step: Callable[[int, Values], None] | None = None,
+    faults: FaultPolicy = _CAREFUL,
 ) -> TrainResult:
     """Trains `params` on the loader's batches and returns the final state.
 
@@ -97,43 +107,46 @@ def train(
         mesh, param_shardings, batch_sharding: where arrays lie; without a mesh everything is on one device.
         checkpoint_dir: where checkpoints go and are resumed from; None keeps none.
         checkpoint_every: steps between checkpoints (0: only the one at the end); keep: how many stay.
-        resume: False refuses a directory that has checkpoints.
-        resume_step: resumes from this checkpoint and removes the later ones.
+        resume: False refuses a directory that has checkpoints; resume_step: goes back to this one.
         metrics: JSONL file, a line every `log_every` steps; lines beyond the resumed step are dropped.
-        schedule: learning rate of update n, only to report it.
+        tensorboard_dir, wandb_project: see `MetricsWriter`.
+        schedule: learning rate of update n, to report it; annotate: more numbers for a step's line, from the others.
         evaluate: `(params, step) -> numbers`, every `evaluate_every` steps and at the end (0: at the end only).
         on_step: `(step, values)` after each step, for progress.
+        faults: what happens when something goes wrong.
 
     Raises:
         InputError: arguments or a checkpoint that do not fit. FloatingPointError: a step that is not finite.
+        Preempted: stopped by a signal, and saved.
     """
     total = len(loader) if total_steps is None else total_steps
     _check(loader, total, mesh, param_shardings, batch_sharding)
-    start = _start_step(checkpoint_dir, resume=resume, resume_step=resume_step)
-    shardings = _shardings(params, optimizer, mesh, param_shardings)
-    state = _start_state(params, loader, optimizer, shardings, checkpoint_dir, start)
-    if resume_step is not None and checkpoint_dir is not None:
-        drop_steps_after(checkpoint_dir, resume_step)
+    skips = SkipPolicy(max_skipped=faults.max_skipped_steps, spike_factor=faults.spike_factor)
     with contextlib.ExitStack() as stack:
+        guard = active_guard()
+        stack.enter_context(guard.watching(faults.watchdog_seconds))
+        saver = None if checkpoint_dir is None else stack.enter_context(StateWriter(checkpoint_dir, keep=keep))
+        start = _start_step(checkpoint_dir, resume=resume, resume_step=resume_step)
+        shardings = _shardings(params, optimizer, mesh, param_shardings)
+        state, start = _start_state(params, loader, optimizer, shardings, checkpoint_dir, start, faults, skips)
+        if resume_step is not None and checkpoint_dir is not None:
+            drop_steps_after(checkpoint_dir, start or 0)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         writer = None
         if metrics is not None and jax.process_index() == 0:
-            writer = MetricsWriter(metrics, resume_step=start, tensorboard_dir=tensorboard_dir)
-            stack.enter_context(writer)
+            boards = {"tensorboard_dir": tensorboard_dir, "wandb_project": wandb_project}
+            writer = stack.enter_context(MetricsWriter(metrics, resume_step=start, **boards))
         if (start or 0) >= total:
             return TrainResult(state, [], start or 0, 0.0, 0)
         step_fn = make_train_step(loss_fn, optimizer, accumulation=accumulation)
         example = place(loader.batch(start or 0), batch_sharding)
-        compiled, seconds, peak = _compile(step_fn, state, example, shardings)
-        run = _Run(state, loader, compiled, start or 0, batch_sharding=batch_sharding)
-        run.report = _reporter(writer, log_every, total, schedule, on_step)
-        for step in run.advance(total):
-            last = step == total
-            if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
-                run.evaluate(evaluate, writer)
-            if checkpoint_dir is not None and (last or (checkpoint_every and step % checkpoint_every == 0)):
-                run.save(checkpoint_dir, keep)
+        compiled, seconds, peak = _compile(step_fn, state, example, shardings, limited=faults.spike_factor is not None)
+        run = _Run(state, loader, compiled, start or 0, batch_sharding=batch_sharding, guard=guard, skips=skips)
+        run.report = _reporter(writer, log_every, total, schedule, annotate, on_step)
+        evaluation = (evaluate, evaluate_every, writer)
+        with guard.training():
+            _drive(run, total, guard=guard, saver=saver, checkpoint_every=checkpoint_every, evaluation=evaluation)
         return TrainResult(run.state, run.history, start or 0, seconds, peak)
 
 
@@ -182,19 +195,35 @@ class _Run:
 
     report: Callable[[int, Values], None]
 
-    def __init__(self, state: TrainState, loader: Loader, compiled: Any, step: int, *, batch_sharding: Any):
+    def __init__(
+        self,
+        state: TrainState,
+        loader: Loader,
+        compiled: Any,
+        step: int,
+        *,
+        batch_sharding: Any,
+        guard: Guard,
+        skips: SkipPolicy,
+    ):
         self.state, self.step, self.history = state, step, []
+        self._guard, self._skips = guard, skips
         self._loader, self._compiled, self._batch_sharding = loader, compiled, batch_sharding
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.perf_counter()
 
     def advance(self, total: int) -> Iterator[int]:
         """Yields the number of steps done after each; the metrics of all but the last are known by then."""
+        self._guard.attend("waiting for a batch", self.step)
         for batch in self._loader:
-            self.state, metrics = self._compiled(self.state, place(batch, self._batch_sharding))
+            self._guard.attend("stepping", self.step)
+            limit = self._skips.limit(self.step + 1)
+            given = () if limit is None else (np.float32(limit),)
+            self.state, metrics = self._compiled(self.state, place(batch, self._batch_sharding), *given)
             self.flush()
             self.step += 1
             self._pending = (self.step, metrics)
+            self._guard.attend("waiting for a batch", self.step)
             if self.step == total:
                 self.flush()
             yield self.step
@@ -210,12 +239,17 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        if values.pop("skipped"):
-            raise FloatingPointError(
-                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; the parameters were "
-                f"left as they were after step {step - 1} and nothing was saved. Its documents: "
-                f"{', '.join(self._loader.documents(step - 1))}. Look at these, or lower the learning rate."
-            )
+        told = self._skips.judge(
+            step,
+            values["loss"],
+            values["grad_norm"],
+            skipped=bool(values["skipped"]),
+            documents=lambda: self._loader.documents(step - 1),
+        )
+        if told:
+            say(told)
+        else:
+            del values["skipped"]
         values["trained_share"] = values["trained_tokens"] / max(values["real_tokens"], 1.0)
         values |= {"seconds": seconds, "tokens_per_second": values["real_tokens"] / max(seconds, 1e-9)}
         self.history.append({"step": step, **values})
@@ -224,18 +258,40 @@ class _Run:
     def evaluate(self, evaluate: Callable[[Any, int], Mapping[str, float]], writer: MetricsWriter | None) -> None:
         """Calls the hook between two steps; its time does not count as training time."""
         self.flush()
+        self._guard.attend("evaluating", self.step)
         numbers = {f"eval/{name}": float(value) for name, value in evaluate(self.state.params, self.step).items()}
         self.history[-1].update(numbers)
         if writer is not None:
             writer.write(self.step, numbers)
         self._clock = time.perf_counter()
 
-    def save(self, directory: str | Path, keep: int | None) -> None:
-        """Saves a state whose last step is known to be finite."""
+    def save(self, saver: StateWriter, *, now: bool) -> None:
+        """Saves a state whose last step is known to be finite or left out; `now` waits until it is committed."""
         self.flush()
-        extra = {"loader": self._loader.get_state(), "jax": jax.__version__, "devices": jax.device_count()}
-        save_train_state(directory, self.step, self.state, extra, keep=keep)
+        self._guard.attend("saving", self.step)
+        extra = {"loader": self._loader.get_state(), "skips": self._skips.get_state()}
+        saver.save(self.step, self.state, extra | {"jax": jax.__version__, "devices": jax.device_count()})
+        if now:
+            saver.wait()
         self._clock = time.perf_counter()
+
+
+def _drive(
+    run: _Run, total: int, *, guard: Guard, saver: StateWriter | None, checkpoint_every: int, evaluation: Any
+) -> None:
+    """Takes the steps that are left, evaluates, saves and stops between them."""
+    evaluate, evaluate_every, writer = evaluation
+    for step in run.advance(total):
+        last = step == total
+        if saver is not None:
+            saver.check()
+        if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
+            run.evaluate(evaluate, writer)
+        stop = guard.must_stop(step)
+        if saver is not None and (last or stop or (checkpoint_every and step % checkpoint_every == 0)):
+            run.save(saver, now=last or stop)
+        if stop:
+            raise guard.preempted(f"step {step} {'is the last that was done' if saver is None else 'is saved'}")
 
 
 def _check(loader: Loader, total: int, mesh: Any, param_shardings: Any, batch_sharding: Any) -> None:
@@ -266,27 +322,41 @@ def _shardings(params: Any, optimizer: Any, mesh: Mesh | None, param_shardings: 
 
 
 def _start_state(
-    params: Any, loader: Loader, optimizer: Any, shardings: TrainState | None, directory: Any, step: int | None
-) -> TrainState:
+    params: Any,
+    loader: Loader,
+    optimizer: Any,
+    shardings: TrainState | None,
+    directory: Any,
+    step: int | None,
+    faults: FaultPolicy,
+    skips: SkipPolicy,
+) -> tuple[TrainState, int | None]:
+    """Returns the state to start from and its checkpoint's step, None where it is the beginning."""
     if step is None:
         loader.set_state({"step": 0})
         first = loader.batch(0)
-        if not np.any(first.mask):
+        if not any(collect("first batch", bool(np.any(first.mask)), seconds=600)):
             raise InputError("no position of the first batch is trained: every mask is 0. Check the loss mask.")
         placed = place(params, None if shardings is None else shardings.params)
-        return jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings)(placed)
+        return jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings)(placed), None
     abstract = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
     if shardings is not None:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    state, extra = restore_train_state(directory, abstract, step=step)
+    on_damaged = faults.on_damaged_checkpoint
+    state, extra, step = restore_newest_state(directory, abstract, step=step, on_damaged=on_damaged)
     loader.set_state(extra["loader"])
-    return state
+    if "skips" in extra:
+        skips.set_state(extra["skips"])
+    return state, step
 
 
-def _compile(step_fn: Any, state: TrainState, batch: FusionBatch, shardings: Any) -> tuple[Any, float, int]:
+def _compile(
+    step_fn: Any, state: TrainState, batch: FusionBatch, shardings: Any, *, limited: bool
+) -> tuple[Any, float, int]:
     began = time.perf_counter()
     out = None if shardings is None else (shardings, None)
-    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    given = (state, batch, np.float32(0)) if limited else (state, batch)
+    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=out).lower(*given).compile()
     memory = compiled.memory_analysis()
     sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
     peak = sum(getattr(memory, name, 0) for name in sizes) - getattr(memory, "alias_size_in_bytes", 0)
@@ -294,11 +364,13 @@ def _compile(step_fn: Any, state: TrainState, batch: FusionBatch, shardings: Any
 
 
 def _reporter(
-    writer: MetricsWriter | None, log_every: int, total: int, schedule: Any, on_step: Any
+    writer: MetricsWriter | None, log_every: int, total: int, schedule: Any, annotate: Any, on_step: Any
 ) -> Callable[[int, Values], None]:
     def report(step: int, values: Values) -> None:
         if schedule is not None:
             values["learning_rate"] = float(schedule(step - 1))
+        if annotate is not None:
+            values |= annotate(values)
         if writer is not None and (step % log_every == 0 or step == total):
             writer.write(step, {k: v for k, v in values.items() if k != "step"})
         if on_step is not None:

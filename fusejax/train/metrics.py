@@ -1,12 +1,14 @@
-"""Metrics as one JSON object a line, appended; TensorBoard beside it where asked.
+"""Metrics as one JSON object a line, appended; TensorBoard and Weights & Biases beside it where asked.
 
 The file is the record of the run: a run that continues from step n first drops every line beyond n (they will be
 written again) and a last line that a killed process left unfinished. Values that are not finite are written as
 null, because NaN is not JSON.
 """
 
+import importlib
 import json
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,23 @@ class MetricsWriter:
         path: the JSONL file; folders are made.
         resume_step: None starts the file anew; n keeps the lines of steps <= n.
         tensorboard_dir: also write scalars there; needs tensorboardX.
+        wandb_project: also send scalars to this project; needs wandb, which finds its key and its mode
+            (`WANDB_MODE=offline`) itself. A resumed run goes on in the same plot. No configuration is sent.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None, tensorboard_dir: str | Path | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume_step: int | None = None,
+        tensorboard_dir: str | Path | None = None,
+        wandb_project: str | None = None,
+    ):
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_metrics(self._path) if r["step"] <= resume_step] if resume_step is not None else []
         self._board = None if tensorboard_dir is None else _tensorboard(tensorboard_dir, resume_step)
+        self._wandb = None if wandb_project is None else _wandb(wandb_project, self._path.parent, resume_step)
         # Rewritten beside and renamed: a kill at this point loses no line.
         fresh = self._path.with_name(self._path.name + ".tmp")
         fresh.write_text("".join(_line(r) for r in kept), encoding="utf-8")
@@ -44,9 +56,13 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
     def close(self) -> None:
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._board is not None:
             self._board.close()
 
@@ -85,3 +101,15 @@ def _tensorboard(directory: str | Path, resume_step: int | None) -> Any:
     except ImportError as error:
         raise InputError("TensorBoard output needs tensorboardX: pip install tensorboardX.") from error
     return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
+
+
+def _wandb(project: str, directory: Path, resume_step: int | None) -> Any:
+    """A run of wandb; its id is kept beside the metrics, so that a resumed run is the same one."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise InputError("log.wandb_project needs wandb: pip install wandb.") from error
+    kept = directory / "wandb-id"
+    name = kept.read_text(encoding="utf-8").strip() if resume_step is not None and kept.is_file() else uuid.uuid4().hex
+    kept.write_text(name + "\n", encoding="utf-8")
+    return wandb.init(project=project, id=name, resume="allow", dir=str(directory), name=directory.name)

@@ -7,9 +7,9 @@ add up and the result does not depend on how the batch is cut (up to float32 sum
 Micro-batch a takes rows a, a + A, a + 2A ... of the batch: each device then cuts the rows that it already holds,
 and no row travels.
 
-A step whose loss or gradient norm is not finite changes nothing: state in equals state out, `skipped` is 1 and the
-caller decides (`fusejax.train.loop` stops). With donated buffers the state before the step no longer exists
-outside, so this is the only place where it can be kept.
+A step whose loss or gradient norm is not finite, or whose loss is above the limit that it is given, changes nothing:
+state in equals state out, `skipped` is 1 and the caller decides (`fusejax.train.skipping`). With donated buffers the
+state before the step no longer exists outside, so this is the only place where it can be kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ __all__ = ["LossFn", "TrainStep", "init_train_state", "make_train_step"]
 Metrics = dict[str, jax.Array]
 MEANS = {"clm_nats": "tokens", "fusion_nats": "supervised_tokens"}  # metric: the count it is a mean over
 LossFn = Callable[[Any, FusionBatch, jax.Array], tuple[jax.Array, Metrics]]
-TrainStep = Callable[[TrainState, FusionBatch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limit])
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -39,7 +39,7 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> Tr
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulation: int = 1, means: Mapping[str, str] = MEANS
 ) -> TrainStep:
-    """Returns `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Returns `(state, batch, limit=None) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
         loss_fn: `(params, batch, denominator) -> (loss, metrics)`: the loss is a float32 sum over the batch's
@@ -51,13 +51,14 @@ def make_train_step(
 
     Returns:
         The step. Its metrics are loss_fn's, of the whole batch, and `loss`, `grad_norm` (before clipping),
-        `trained_tokens`, `real_tokens` (all but padding), `skipped` (1 where the update was left out: not finite).
+        `trained_tokens`, `real_tokens` (all but padding), `skipped` (1 where the update was left out: not finite,
+        or a loss above `limit`, [] float32).
     """
     if accumulation < 1:
         raise InputError(f"accumulation must be at least 1 micro-batch, got {accumulation}.")
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def train_step(state: TrainState, batch: FusionBatch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: FusionBatch, limit: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         trained = jnp.sum(batch.mask, dtype=jnp.float32)
         denominator = jnp.maximum(trained, 1.0)
         if accumulation == 1:
@@ -68,11 +69,13 @@ def make_train_step(
         grad_norm = _global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if limit is not None:
+            taken &= loss <= limit
+        new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
         real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
         extra = {"loss": loss, "grad_norm": grad_norm, "trained_tokens": trained, "real_tokens": real}
-        return new, metrics | extra | {"skipped": 1.0 - finite.astype(jnp.float32)}
+        return new, metrics | extra | {"skipped": 1.0 - taken.astype(jnp.float32)}
 
     return train_step
 
