@@ -4,7 +4,9 @@ vLLM's OpenAI-compatible server answers `POST /v1/completions` with `prompt_logp
 prompt token: null for the first, else `{token id: {"logprob", "rank", "decoded_token"}}` of the K likeliest
 tokens and of the prompt's own. SGLang answers `POST /generate` with `input_token_logprobs` and
 `input_top_logprobs`, lists of `[logprob, token id, text]`; `/v1/models` says which of the two serves. Prompts are
-token ids of our tokenizer and the answer must name them again: another tokenizer is found at once.
+token ids of our tokenizer and the answer must name them again: another tokenizer is found at once. Servers take
+defaults of sampling from the model's `generation_config.json`, so requests name neutral ones. vLLM cannot write
+minus infinity in JSON and says -9999: such an entry says nothing, and such a label is impossible.
 
 The residual is `1 - sum` of what the server says, as it says no more; below `_FLOOR` that is rounding, and the floor
 is kept. Requests have time-outs and are repeated, with growing waits, when the server is busy, restarts or sends
@@ -31,6 +33,8 @@ from fusejax.types import TopK
 __all__ = ["Endpoint", "ServedModel", "ask_models", "prompt_scores", "served_score"]
 
 _FLOOR = 2.0**-23  # of the residual's mass: what float32 log-probabilities can tell from 0
+_NOTHING = -9999.0
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, json.JSONDecodeError)
@@ -129,11 +133,10 @@ def served_score(
 
     def ask(prompt: list[int]) -> list[Entry]:
         if model.sglang:
-            sampling = {"max_new_tokens": 1, "temperature": 1.0}
-            body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+            body = {"input_ids": prompt, "sampling_params": _NEUTRAL | {"max_new_tokens": 1}, "return_logprob": True}
             body |= {"logprob_start_len": 0, "top_logprobs_num": top_k}
             return _from_sglang(endpoint.request("/generate", body), prompt, top_k)
-        body = {"model": model.name, "prompt": prompt, "prompt_logprobs": top_k, "max_tokens": 1, "temperature": 1.0}
+        body = {"model": model.name, "prompt": prompt, "prompt_logprobs": top_k, "max_tokens": 1, **_NEUTRAL}
         return _from_vllm(endpoint.request("/v1/completions", body), prompt)
 
     def score(
@@ -175,8 +178,9 @@ def prompt_scores(
                 f"the server's answer at position {t} says nothing about token {label} of the prompt; "
                 "expected the same tokenizer here and there"
             )
-        realised[t] = entry[label]
-        likeliest = sorted(entry.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+        realised[t] = entry[label] if entry[label] > _NOTHING else -np.inf
+        said = [item for item in entry.items() if item[1] > _NOTHING]
+        likeliest = sorted(said, key=lambda item: (-item[1], item[0]))[:top_k]
         kept = [(token, logprob) for token, logprob in likeliest if 0 <= token < valid_vocab]
         if kept:
             ids[t, : len(kept)], logprobs[t, : len(kept)] = zip(*kept, strict=True)

@@ -60,6 +60,18 @@ def test_what_is_stored_is_what_the_server_computes(sglang) -> None:
         own = dense[np.arange(len(document.labels)), document.labels]
         np.testing.assert_allclose(got.realised_logprob, own, atol=1e-6)
     assert {request["path"] for request in model.requests} == {"/generate" if sglang else "/v1/completions"}
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    for request in model.requests:  # as both servers document them
+        if sglang:
+            assert request["sampling_params"] == neutral | {"max_new_tokens": 1}
+            assert (request["return_logprob"], request["logprob_start_len"], request["top_logprobs_num"]) == (
+                True,
+                0,
+                K,
+            )
+        else:
+            assert (request["model"], request["prompt_logprobs"], request["max_tokens"]) == ("served", K, 1)
+            assert {name: request[name] for name in neutral} == neutral
 
 
 @pytest.mark.parametrize("sglang", [False, True], ids=["vllm", "sglang"])
@@ -187,6 +199,14 @@ def test_one_of_several_served_models_must_be_named() -> None:
         assert ask_models(endpoint(url), "b").name == "b"
         with pytest.raises(InputError, match=r"serves \['a', 'b'\]"):
             ask_models(endpoint(url), "c")
+
+
+def test_what_vllm_writes_for_minus_infinity_is_no_entry() -> None:
+    entries = [{0: np.log(0.9), 1: -9999.0, 2: -9999.0}, {0: -0.1, 1: -9999.0}]
+    realised, topk = prompt_scores(entries, np.array([0, 1]), top_k=3, valid_vocab=5)
+    assert topk.ids.tolist() == [[0, -1, -1], [0, -1, -1]]
+    np.testing.assert_allclose(np.exp(topk.residual_logprob[0]), 0.1, rtol=1e-5)
+    assert realised[1] == -np.inf  # which the capture refuses, naming the document
 
 
 def test_padded_ids_count_to_the_residual_and_a_full_top_k_keeps_the_floor() -> None:
