@@ -2,10 +2,12 @@
 
     python benchmarks/merge.py [--scale small] [--json FILE] [--mergekit PATH/TO/mergekit-yaml] [--dir DIR]
 
-Needs 12 GB of disk, which it frees. Every merge is one call of the command line in a process of its own, page cache
-warm, `--threads 1` for processor seconds (two busy hyperthreads inflate them) and once more with 2 for wall seconds.
-`peak_bytes` is the largest anonymous memory (RssAnon) seen. Where mergekit is not given, its published seconds stand
-in (0.1.5, 2 cores, the same shapes; one thread for processor seconds), and the row says so.
+Needs 12 GB of disk, which it frees (`--models DIR` keeps the models there for the next call). Every merge is one call
+of the command line in a process of its own, page cache warm, `--threads 1` for processor seconds (two busy
+hyperthreads inflate them) and once more with 2 for wall seconds. `peak_bytes` is the largest anonymous memory
+(RssAnon) seen, `bound_bytes` what it may be: twice the largest matrix for every input, and 200 MB. Where mergekit is
+not given, its published seconds stand in (0.1.5, 2 cores, the same shapes; one thread for processor seconds), and the
+row says so. With `--json FILE` the table is also written beside it, as `.md`.
 """
 
 import argparse
@@ -34,7 +36,22 @@ CASES = {  # name -> arguments, how many targets, mergekit's method and paramete
     "sce 0.1": (["--method", "sce", "--select-topk", "0.1"], 3, {"select_topk": 0.1}, (187.9, 3.0e9)),
     "ties 0.6": (["--method", "ties", "--density", "0.6"], 3, {"density": 0.6}, (211.9, 3.6e9)),
     "varm": (["--method", "varm"], 3, {}, None),
+    "nuslerp": (["--method", "nuslerp"], 2, {}, None),
+    "multislerp": (["--method", "multislerp"], 3, {}, None),
+    "karcher": (["--method", "karcher"], 3, {}, None),
+    "dare_linear": (["--method", "dare_linear", "--density", "0.6"], 3, {}, None),
+    "dare_ties": (["--method", "dare_ties", "--density", "0.6"], 3, {}, None),
+    "della": (["--method", "della", "--density", "0.6"], 3, {}, None),
+    "della_linear": (["--method", "della_linear", "--density", "0.6", "--variant", "mergekit"], 3, {}, None),
+    "breadcrumbs": (["--method", "breadcrumbs", "--density", "0.6"], 3, {}, None),
+    "breadcrumbs_ties": (["--method", "breadcrumbs_ties", "--density", "0.6"], 3, {}, None),
+    "model_stock": (["--method", "model_stock"], 3, {}, None),
+    "nearswap": (["--method", "nearswap"], 1, {}, None),
+    "arcee_fusion": (["--method", "arcee_fusion"], 1, {}, None),
+    "ram": (["--method", "ram", "--variant", "ramplus_tl"], 3, {}, None),
+    "passthrough": (["--method", "passthrough"], 1, {}, None),
 }
+COMPARED = ("linear", "task_arithmetic", "slerp", "sce 1.0", "sce 0.1", "ties 0.6")  # with mergekit
 TARGETS = {"linear": 3.0, "sce 1.0": 5.0, "sce 0.1": 8.0, "ties 0.6": 8.0}
 SCALES = {
     "full": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -59,7 +76,7 @@ def shapes(scale: dict[str, int]) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
 
 
-def generate(root: Path, scale: dict[str, int]) -> list[Path]:
+def generate(root: Path, scale: dict[str, int]) -> None:
     """Writes base, t1, t2, t3: Gaussian changes of rms 3e-4, 6e-4, 1.2e-3 times a log-normal factor per tensor."""
     import ml_dtypes
 
@@ -89,7 +106,6 @@ def generate(root: Path, scale: dict[str, int]) -> list[Path]:
                 writer.write(name, start * 2, values.astype(ml_dtypes.bfloat16))
     for writer in writers:
         writer.finish()
-    return [root / name for name in ("base", "t1", "t2", "t3")]
 
 
 def run(command: list[str]) -> tuple[float, float, int]:
@@ -152,45 +168,59 @@ def theirs(
         shutil.rmtree(out, ignore_errors=True)
 
 
+HEADER = """\
+| method | CPU s | wall s, 2 threads | anonymous MB | bound MB | mergekit: CPU s | anonymous MB | CPU ratio | memory ratio |
+|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+
+
+def line(row: dict) -> str:
+    """A row as Markdown."""
+    cells = [
+        row["name"], f"{row['cpu_seconds']:.1f}", f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}",
+        f"{row['bound_bytes'] / 1e6:.0f}" + ("" if row["within_bound"] else " EXCEEDED"),
+    ]  # fmt: skip
+    if row["baseline"]:
+        mark = "" if "measured" in row["baseline"] else " (published)"
+        cells += [f"{row['baseline_cpu_seconds']:.1f}{mark}", f"{row['baseline_peak_bytes'] / 1e6:.0f}"]
+        cells += [f"{row['ratio']:.1f}", f"{row['memory_ratio']:.1f}"]
+    return f"| {' | '.join(cells + ['-'] * (9 - len(cells)))} |"
+
+
 def measure(arguments: argparse.Namespace, root: Path) -> list[dict]:
     """Measures every case; prints a line for each."""
     scale = SCALES[arguments.scale]
-    print(f"generating {arguments.scale} models in {root}", file=sys.stderr, flush=True)
-    models = generate(root, scale)
-    parameters = sum(int(np.prod(shape)) for shape in shapes(scale).values())
+    models = [(arguments.models or root) / name for name in ("base", "t1", "t2", "t3")]
+    if not models[-1].is_dir():
+        print(f"generating {arguments.scale} models in {models[0].parent}", file=sys.stderr, flush=True)
+        models[0].parent.mkdir(parents=True, exist_ok=True)
+        generate(models[0].parent, scale)
+    sizes = [int(np.prod(shape)) for shape in shapes(scale).values()]
     rows = []
-    print(
-        "| method | CPU s | wall s (2 threads) | anonymous MB | mergekit CPU s | MB | CPU ratio | memory ratio | from |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(HEADER, flush=True)
     for name in arguments.only or CASES:
         words, count, settings, published = CASES[name]
         _, cpu, peak = ours(models, words, count, root / "out", 1)
         wall, _, peak2 = ours(models, words, count, root / "out", 2)
         baseline, source = published, "published"
-        if arguments.mergekit and name != "varm":
+        if arguments.mergekit and name in COMPARED:
             _, their_cpu, their_peak = theirs(arguments.mergekit, models, name, count, settings, root / "out")
             baseline, source = (their_cpu, their_peak), "measured"
         elif arguments.scale != "full":
             baseline = None
         ratio, memory = (baseline[0] / cpu, baseline[1] / max(peak, peak2)) if baseline else (None, None)
         told = f"mergekit 0.1.5 ({source})" if baseline else None
+        uses_base = name.split()[0] not in ("linear", "karcher", "passthrough")
+        bound = 2 * 2 * max(sizes) * (count + uses_base) + 200 * 10**6
+        within = max(peak, peak2) <= bound
         rows.append({
-            "name": name, "shape": [parameters, count], "implementation": "fusejax merge", "seconds": wall,
-            "cpu_seconds": cpu, "peak_bytes": max(peak, peak2), "baseline": told,
+            "name": name, "shape": [sum(sizes), count], "implementation": "fusejax merge", "seconds": wall,
+            "cpu_seconds": cpu, "peak_bytes": max(peak, peak2), "bound_bytes": bound, "within_bound": within,
+            "baseline": told,
             "baseline_cpu_seconds": baseline and baseline[0], "baseline_peak_bytes": baseline and baseline[1],
             "ratio": ratio, "memory_ratio": memory, "target_ratio": TARGETS.get(name), "roofline": 1.6 / cpu,
             "device": platform.processor() or platform.machine(),
         })  # fmt: skip
-        shown = (
-            (f"{baseline[0]:.1f}", f"{baseline[1] / 1e6:.0f}", f"{ratio:.1f}", f"{memory:.1f}")
-            if baseline
-            else ("-",) * 4
-        )
-        print(
-            f"| {name} | {cpu:.2f} | {wall:.2f} | {max(peak, peak2) / 1e6:.0f} | {' | '.join(shown)} | {source} |",
-            flush=True,
-        )
+        print(line(rows[-1]), flush=True)
     return rows
 
 
@@ -201,12 +231,16 @@ def main() -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="full: 1.1B; small: for a test")
     parser.add_argument("--mergekit", help="mergekit-yaml to measure beside it; default: its published numbers")
     parser.add_argument("--dir", type=Path, help="where the models are generated; not in memory (default: here)")
+    parser.add_argument("--models", type=Path, help="where the models are, or are generated and kept")
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), help="some of the cases")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=arguments.dir or Path.cwd()) as root:
         rows = measure(arguments, Path(root))
     if arguments.json:
         versions = {name: version(name) for name in ("jax", "numpy")} | {"python": platform.python_version()}
+        table = "\n".join([HEADER, *map(line, rows)])
+        told = f"Written by `{' '.join(['python', *sys.argv])}` on {platform.platform()}: {json.dumps(versions)}"
+        arguments.json.with_suffix(".md").write_text(f"{table}\n\n{told}\n")
         arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
 
 

@@ -64,7 +64,7 @@ def dare_ties(
 def della_linear(
     base: Array, targets: Array, *, key: Array, weights: Array, density: Array, epsilon: Array,
     normalize: bool = False, rescale: bool = True, variant: str = "paper", scale: Array = 1.0,
-    start: Array | int = 0, factors: Array | None = None,
+    start: Array | int = 0, factors: Array | None = None, ranks: Array | None = None,
 ) -> Array:  # fmt: skip
     """Drops small elements with higher probability, then adds the task vectors (DELLA, arXiv 2406.11617).
 
@@ -75,23 +75,28 @@ def della_linear(
       density: [J] float, the mean probability to keep an element.
       epsilon: [J] float; within a row (the last axis) the probability rises with the rank of the magnitude from
         density - epsilon to density + epsilon; both must be in [0, 1].
+      ranks: [J, ...] int, of the magnitudes within their rows from 0, where they are known.
 
     Returns:
       [...] float32, the merged matrix.
     """
     differences = targets - base
-    vectors = _dropped(differences, key, _by_rank(differences, density, epsilon), rescale, variant, start, factors)
+    vectors = _dropped(
+        differences, key, _by_rank(differences, density, epsilon, ranks), rescale, variant, start, factors
+    )
     return base + scale * _sum(vectors, jnp.asarray(weights, base.dtype), normalize)
 
 
 def della(
     base: Array, targets: Array, *, key: Array, weights: Array, density: Array, epsilon: Array,
     normalize: bool = True, rescale: bool = True, variant: str = "paper", scale: Array = 1.0,
-    start: Array | int = 0, factors: Array | None = None,
+    start: Array | int = 0, factors: Array | None = None, ranks: Array | None = None,
 ) -> Array:  # fmt: skip
     """Drops small elements with higher probability, then merges by elected signs (DELLA; as `della_linear`)."""
     differences = targets - base
-    vectors = _dropped(differences, key, _by_rank(differences, density, epsilon), rescale, variant, start, factors)
+    vectors = _dropped(
+        differences, key, _by_rank(differences, density, epsilon, ranks), rescale, variant, start, factors
+    )
     return base + scale * consensus(vectors, jnp.asarray(weights, base.dtype), normalize)
 
 
@@ -103,10 +108,12 @@ def _even(density: Array, targets: Array) -> Array:
     return jnp.asarray(density, targets.dtype).reshape((-1,) + (1,) * (targets.ndim - 1))
 
 
-def _by_rank(differences: Array, density: Array, epsilon: Array) -> Array:
+def _by_rank(differences: Array, density: Array, epsilon: Array, ranks: Array | None) -> Array:
     """Probabilities to keep, [J, ...]; within a row they rise with the magnitude, equal ones rank by their index."""
-    order = jnp.argsort(jnp.abs(_with_whole_rows(differences)), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1, stable=True).astype(differences.dtype)
+    if ranks is None:
+        order = jnp.argsort(jnp.abs(_with_whole_rows(differences)), axis=-1, stable=True)
+        ranks = jnp.argsort(order, axis=-1, stable=True)
+    rank = ranks.astype(differences.dtype)
     last = differences.shape[-1] - 1
     centred = 2 * rank / last - 1 if last else jnp.zeros_like(rank)
     return _even(density, differences) + _even(epsilon, differences) * centred
@@ -140,11 +147,12 @@ def _dropped(
 
 
 def thinned(
-    base: Array, targets: Array, *, key: Array, density: Array, epsilon: Array | None = None, start: Array | int = 0
-) -> tuple[Array, Array]:
+    base: Array, targets: Array, *, key: Array, density: Array, epsilon: Array | None = None, start: Array | int = 0,
+    ranks: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Returns the task vectors, [J, ...], and what is kept of them, before it is enlarged (arguments as above)."""
     vectors = targets - base
-    keep = _even(density, targets) if epsilon is None else _by_rank(vectors, density, epsilon)
+    keep = _even(density, targets) if epsilon is None else _by_rank(vectors, density, epsilon, ranks)
     return vectors, jnp.where(_kept(vectors, key, keep, start), vectors, 0)
 
 

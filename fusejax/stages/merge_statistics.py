@@ -25,7 +25,7 @@ from fusejax.merging.swap import outlying, quantile_ranks, ram_factors
 from fusejax.merging.task_vectors import breadcrumb_counts
 from fusejax.stages import merge_programs as programs
 from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks
-from fusejax.stages.merge_select import NOTHING, Selection, select
+from fusejax.stages.merge_select import NOTHING, Selection, row_ranks, select
 
 __all__ = ["Prepared", "energies", "is_chunked", "prepare", "row_length", "statistics_passes"]
 
@@ -118,17 +118,25 @@ def _prepare_pure(
     spec = MERGE_METHODS[method]
     arrays = {name: _narrowed(value) for name, value in values.items() if hasattr(value, "shape")}
     drawn = "key" in arrays
+    ranked = method in ("della", "della_linear")
     options: dict[str, Any] = {name: value for name, value in values.items() if name not in arrays}
-    options |= {"method": method, "names": (*arrays, *(["start"] if drawn else [])), "has_base": has_base}
+    names = (*arrays, *(["start"] if drawn else []), *(["ranks"] if ranked else []))
+    options |= {"method": method, "names": names, "has_base": has_base, "row": chunks.row}
     if spec.coefficients is not None and coefficients is None:
         nothing = np.zeros((len(chunks.tensors), 0), np.float32)
         coefficients = tuple(np.asarray(spec.coefficients(None, nothing, **values)).tolist())
 
     def numbers(start: int, count: int) -> tuple[Any, ...]:
         del count
-        return (*arrays.values(), np.uint32(start)) if drawn else tuple(arrays.values())
+        return (*arrays.values(), *([np.uint32(start)] if drawn else []), *([_ranks(chunks)] if ranked else []))
 
-    return Prepared(programs.pure, numbers, (*options.items(), ("row", chunks.row)), coefficients)
+    return Prepared(programs.pure, numbers, tuple(options.items()), coefficients)
+
+
+def _ranks(chunks: Chunks) -> np.ndarray:
+    """Ranks within rows, [J, rows, row], of the changes in what the chunks' buffer holds."""
+    changes = np.stack([np.asarray(change) for change in programs.changes(chunks.buffer, ())])
+    return row_ranks(np.abs(changes).reshape(len(changes), -1, chunks.row))
 
 
 def _narrowed(value: Any) -> np.ndarray:
@@ -257,7 +265,8 @@ def _prepare_drop(method: str, chunks: Chunks, values: Mapping[str, Any], has_ba
     shares = {name: _narrowed(values[name]) for name in ("key", "density", "epsilon") if name in values}
     sizes = np.zeros((2, len(chunks.tensors) - 1))
     for start, _, raw in chunks:
-        found = programs.thinned_sizes(raw, {**shares, "start": np.uint32(start)}, row=chunks.row)
+        ranks = {"ranks": _ranks(chunks)} if "epsilon" in shares else {}
+        found = programs.thinned_sizes(raw, {**shares, **ranks, "start": np.uint32(start)}, row=chunks.row)
         sizes += [[np.sum(row) for row in np.asarray(rows)] for rows in found]
     return _prepare_pure(method, chunks, {**values, "factors": _ratio(*sizes)}, has_base)
 

@@ -19,4 +19,6 @@ def test_the_benchmark_runs(tmp_path):
     assert 0 < row["cpu_seconds"] < 60
     assert row["peak_bytes"] > 10**7
     assert row["baseline"] is None  # nothing was published at this scale
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert row["within_bound"]
+    assert "| ties 0.6 |" in (tmp_path / "rows.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.md"]
