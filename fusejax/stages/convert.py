@@ -2,20 +2,22 @@
 
 __all__ = ["command", "export_model", "export_run"]
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusejax.errors import InputError
+from fusejax.io.checksums import remembered_checksum
 from fusejax.io.hf import load_hf_model, save_hf_model
-from fusejax.io.manifest import fingerprint_of
-from fusejax.io.models import open_model, resolve_model
+from fusejax.io.manifest import atomic_directory, damaged_files, fingerprint_of, write_manifest
+from fusejax.io.models import cache_dir, model_fingerprint, open_model, resolve_model
 from fusejax.io.progress import say
 from fusejax.io.stream_write import refuse_occupied
 from fusejax.io.tokenizers import check_vocabulary, load_tokenizer
 from fusejax.stages.command import Result, parser
-from fusejax.stages.context import Run
+from fusejax.stages.context import Run, finished
 from fusejax.stages.keep import keep_model
 
 
@@ -46,25 +48,17 @@ def export_run(run: Run) -> dict[str, Any]:
     source = run.model_dir(arm)
     if not source.is_dir():
         raise InputError(f"{source} does not exist: train (and merge) before export")
-    mark = run.directory / "export.fingerprint"
-    fingerprint = open_fingerprint(source)
-    if out.is_dir() and mark.is_file() and mark.read_text() == fingerprint:
-        return {"export": str(out)}
-    if out.exists():
-        import shutil
-
-        shutil.rmtree(out)
-    facts = export_model(source, out, card=_card(run, arm))
-    mark.write_text(fingerprint)
+    identity = {"settings": {"arm": arm, "card": _card(run, arm)}, "parents": {"model": model_fingerprint(source)}}
+    if finished(out, kind="export", **identity):
+        bad = damaged_files(out, checksum=partial(remembered_checksum, memory=cache_dir() / "checksums"))
+        if not bad:
+            return {"export": str(out)}
+        say(f"{out}: {', '.join(bad)} is damaged, making it again")
+    with atomic_directory(out) as temporary:
+        facts = export_model(source, temporary, card=identity["settings"]["card"])
+        write_manifest(temporary, kind="export", **identity)
     say(f"export: {arm} -> {out}")
-    return facts
-
-
-def open_fingerprint(directory: Path) -> str:
-    """The fingerprint of a model directory."""
-    from fusejax.io.models import model_fingerprint
-
-    return model_fingerprint(directory)
+    return facts | {"export": str(out)}
 
 
 def export_model(source: Path, out: Path, *, card: str | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _STAGE_OF = {
     "fused": "fuse",
     "models": "train",
     "scores": "evaluate",
+    "export": "export",
 }
 
 

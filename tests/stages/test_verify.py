@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from fusejax.cli import main
+from fusejax.config import load_config
 from fusejax.io.hf import load_hf_model
 from fusejax.io.manifest import MANIFEST, read_manifest
 from fusejax.io.store import Record, RecordWriter
+from fusejax.stages.context import Run
+from fusejax.stages.convert import export_run
 from fusejax.stages.keep import keep_model
 from fusejax.stages.run import run_stages
 from fusejax.stages.verify import find_damage
@@ -23,12 +26,14 @@ def finished_run(tmp_path_factory):
     """A run with an artefact of every kind; the model and its scores are put in place of trained ones."""
     root = tmp_path_factory.mktemp("verify")
     only = {"merge": None, "fusions": [{"name": "fused", "window_bytes": 32}], "sources": [str(root / "a")]}
-    run_stages(make_config(root, **only), ("prepare", "capture", "align", "fuse"))
+    made = make_config(root, **only)
+    run_stages(made, ("prepare", "capture", "align", "fuse"))
     config, params = load_hf_model(root / "target")
     keep_model(root / "run/models/fused", config, params, tokenizer_dir=root / "target", settings={"arm": "fused"})
     writer = RecordWriter(root / "run/scores/fused", kind="scores", settings={})
     writer.write(Record("0", {"index": 0, "n_bytes": 9}, {"realised_logprob": np.linspace(-9, 0, 40)}))
     writer.finish()
+    export_run(Run(made))
     return root / "run"
 
 
@@ -63,7 +68,8 @@ def test_a_flipped_bit_anywhere_is_found_and_named(finished_run):
     rng = np.random.default_rng(0)
     files = [(d, path) for d in _artefacts(finished_run) for path in sorted(d.rglob("*")) if path.is_file()]
     kinds = {read_manifest(directory).kind for directory, _ in files}
-    assert {"corpus", "captured", "aligned", "fused", "scores", "model"} <= kinds
+    assert {"corpus", "captured", "aligned", "fused", "scores", "model", "export"} <= kinds
+    assert {"vocabulary.npz", "partitions.npz", "lengths.npy", "model.safetensors"} <= {path.name for _, path in files}
     order = [files[i % len(files)] for i in range(max(FLIPS, len(files)))]
     for directory, path in order:
         whole = path.read_bytes()
@@ -113,6 +119,31 @@ def test_repair_of_a_manifest_and_of_other_artefacts(copy, capsys, part):
     assert len(found["repaired"]) == 3
     after = _contents(copy, "captured", "corpus", "aligned", "fused")
     assert {p for p in before if before[p] != after[p]} <= {p for p in before if p.name == MANIFEST}
+
+
+def test_an_export_is_made_again_where_anything_of_it_changed(copy, capsys):
+    run = Run(load_config(copy / "config.yaml").model_copy(update={"output": str(copy)}))
+    weights = copy / "export" / "model.safetensors"
+    whole, node = weights.read_bytes(), weights.stat().st_ino
+    export_run(run)
+    assert weights.stat().st_ino == node  # what stands is left alone
+    _flip(weights, 8 * (len(whole) - 5))
+    export_run(run)
+    assert weights.read_bytes() == whole
+    assert "model.safetensors is damaged, making it again" in capsys.readouterr().err
+    (copy / "export" / "config.json").unlink()
+    export_run(run)
+    assert (copy / "export" / "config.json").is_file()
+    config, params = load_hf_model(copy.parent / "run" / "export")
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * 2
+    tokenizer_dir = copy / "export"
+    keep_model(copy / "models/fused", config, params, tokenizer_dir=tokenizer_dir, settings={"arm": "another"})
+    export_run(run)
+    assert weights.read_bytes() != whole  # of another model
+    weights.write_bytes(whole)
+    code, found, _ = _call(capsys, "verify", copy / "export", "--repair")
+    assert (code, found["bad"]) == (0, [])
+    assert weights.read_bytes() != whole
 
 
 def test_what_belongs_to_no_run_is_left_alone(copy, tmp_path, capsys):
