@@ -48,15 +48,15 @@ def export_run(run: Run) -> dict[str, Any]:
     source = run.model_dir(arm)
     if not source.is_dir():
         raise InputError(f"{source} does not exist: train (and merge) before export")
-    identity = {"settings": {"arm": arm, "card": _card(run, arm)}, "parents": {"model": model_fingerprint(source)}}
-    if finished(out, kind="export", **identity):
+    settings, parents = {"arm": arm, "card": _card(run, arm)}, {"model": model_fingerprint(source)}
+    if finished(out, kind="export", settings=settings, parents=parents):
         bad = damaged_files(out, checksum=partial(remembered_checksum, memory=cache_dir() / "checksums"))
         if not bad:
             return {"export": str(out)}
         say(f"{out}: {', '.join(bad)} is damaged, making it again")
     with atomic_directory(out) as temporary:
-        facts = export_model(source, temporary, card=identity["settings"]["card"])
-        write_manifest(temporary, kind="export", **identity)
+        facts = export_model(source, temporary, card=settings["card"])
+        write_manifest(temporary, kind="export", settings=settings, parents=parents)
     say(f"export: {arm} -> {out}")
     return facts | {"export": str(out)}
 
