@@ -153,8 +153,8 @@ def test_large_files_are_not_tracked():
 
 
 def test_scripts_are_executable_and_sound():
-    scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
-    assert all(os.access(path, os.X_OK) for path in scripts if path.name != "common.sh")
+    scripts = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / "scripts" / "slurm.sbatch", ROOT / ".ci" / "run"]
+    assert all(os.access(path, os.X_OK) for path in scripts if not path.name.endswith("common.sh"))
     for path in scripts:
         assert subprocess.run(["bash", "-n", path]).returncode == 0
     beside = Path(sys.executable).with_name("shellcheck")

@@ -1,0 +1,44 @@
+# Shared by the launch files: finds fusejax, sets what suits this machine's device, says which ends deserve another start.
+# shellcheck shell=bash
+
+# use_fusejax: puts the fusejax of this checkout's .venv, or of $FUSEJAX_VENV, first on the PATH.
+use_fusejax() {
+  local root venv
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  venv=${FUSEJAX_VENV:-$root/.venv}
+  [ ! -x "$venv/bin/fusejax" ] || PATH="$venv/bin:$PATH"
+  command -v fusejax >/dev/null || {
+    echo "fusejax is not installed in $venv nor on the PATH; FUSEJAX_VENV names its virtual environment" >&2
+    return 2
+  }
+}
+
+# use_device_settings: compiler flags and variables for the device that is here. FUSEJAX_FLAGS=a100 names it, none sets nothing.
+use_device_settings() {
+  local lines
+  # A restarted job reads its compiled programs from here instead of compiling for minutes.
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/fusejax/compiled}"
+  [ "${FUSEJAX_FLAGS:-auto}" != none ] || return 0
+  lines=$(fusejax env --flags "${FUSEJAX_FLAGS:-auto}") || return
+  eval "$lines"
+}
+
+# deserves_restart CODE: true for 85 (preempted, saved), 75 (stuck, ended by the watchdog) and for an end by a signal, as when
+# another process or the machine died. Not for 2 (bad configuration) and 1 (a defect): they would end the same way.
+deserves_restart() {
+  [ "$1" -eq 85 ] || [ "$1" -eq 75 ] || [ "$1" -ge 129 ]
+}
+
+# worst_code CODE...: the one to act on: 2 before all, then 1, then whatever deserves a restart, then 0.
+worst_code() {
+  local code worst=0
+  for code in "$@"; do
+    case "$code:$worst" in
+      0:*) ;;
+      2:* | *:0) worst=$code ;;
+      *:2) ;;
+      1:*) worst=1 ;;
+    esac
+  done
+  echo "$worst"
+}
