@@ -36,6 +36,8 @@ COMMANDS = {
     "export": _Command("convert", "Write a model as a Hugging Face directory."),
     "import": _Command("convert", "Write a Hugging Face directory as a fusejax checkpoint."),
     "evaluate": _Command("evaluate", "Bits per byte of a model on text, or of all models of a run."),
+    "chat": _Command("chat", "Talk to a model in the terminal."),
+    "plan": _Command("plan", "Memory, speed, traffic and disk of a run, without weights or accelerators."),
     "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
     "report": _Command("report", "Write report.html and plots of a finished run."),
     "verify": _Command("verify", "Check every checksum under a directory."),
@@ -138,8 +140,10 @@ def _guarded(call: Callable[[], Any]) -> int:
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"the disk is full ({error.filename or error}); free space and run the command again", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(
+                f"the disk is full ({error.filename or error.strerror}); free space and run the command again", 1
+            )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return _fail(f"no permission: {error.filename or error}; choose another directory", 2)
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG) and error.filename:

@@ -121,7 +121,11 @@ def continue_generation(
         stop_ids: `[n]` int32; a row that generates one of them has finished, and repeats it from then on.
         cfg, steps, sampling: static.
         valid_vocab: ids from here on are never chosen (padding rows of the head).
+
+    Raises:
+        InputError: a sampling out of range.
     """
+    _check_sampling(sampling)
     positions = _positions(state.segment_ids)
     last = jnp.minimum(state.count + steps, state.tokens.shape[1])
 
@@ -175,7 +179,6 @@ def generate(
         sampling: greedy by default.
         valid_vocab: see `continue_generation`.
     """
-    _check_sampling(sampling)
     state = start_generation(params, cfg, prompts, max_new_tokens=max_new_tokens, seed=seed)
     stops = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
     first = int(state.count)

@@ -1,6 +1,6 @@
-"""evaluate --tasks: accuracy on tasks; chat: talking to a model in the terminal."""
+"""evaluate --tasks: accuracy on tasks. Also what generates text for other commands."""
 
-__all__ = ["command", "open_language_model"]
+__all__ = ["answer_pieces", "command", "on_device", "open_language_model"]
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,9 @@ _LOCAL = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 def open_language_model(directory: Path, *, context: int, batch_tokens: int, dtype: str | None = None) -> LanguageModel:
     """Opens a model that fusejax computes, to score and to generate."""
-    import jax
-
     model, tokenizer = open_model(directory, compute_dtype=dtype), load_tokenizer(directory)
     check_vocabulary(tokenizer, model.config.vocab_size, str(directory))
-    model = model._replace(params=jax.device_put(model.params))
+    model = on_device(model)
     return LanguageModel(
         jax_score(model, top_k=1, valid_vocab=tokenizer.vocab_size),
         partial(_pieces, model, tokenizer),
@@ -38,22 +36,30 @@ def open_language_model(directory: Path, *, context: int, batch_tokens: int, dty
     )
 
 
+def on_device(model: LoadedModel) -> LoadedModel:
+    """Puts the weights on the first device, once."""
+    import jax
+
+    return model._replace(params=jax.device_put(model.params))
+
+
 def _pieces(
     model: LoadedModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    stops: Sequence[int] = (),
     sampling: Sampling = Sampling(),  # noqa: B008
     seed: int = 0,
 ) -> Iterator[Continuations]:
-    """Continues prompts a few tokens at a time."""
+    """Continues prompts a few tokens at a time; `stops` end a row beside the model's own stop tokens."""
     import jax.numpy as jnp
     import numpy as np
 
     from fusejax.models.generation import continue_generation, start_generation
 
-    stops = _stop_ids(model, tokenizer)
+    stops = sorted({*_stop_ids(model, tokenizer), *stops})
     state = start_generation(model.params, model.config, prompts, max_new_tokens=max_new_tokens, seed=seed)
     first, total = int(state.count), int(state.tokens.shape[1])
     while True:
@@ -73,6 +79,23 @@ def _pieces(
         yield Continuations(ids, finished)
         if finished.all() or int(state.count) == total:
             return
+
+
+def answer_pieces(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    stops: Sequence[int] = (),
+    sampling: Sampling = Sampling(),  # noqa: B008
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yields the text that follows a prompt, longer and longer; a character that is not whole yet waits."""
+    for state in _pieces(model, tokenizer, [prompt], max_new_tokens, stops=stops, sampling=sampling, seed=seed):
+        data = b"".join(tokenizer.token_bytes[i] or b"" for i in state.ids[0])
+        last = state.finished.all() or len(state.ids[0]) == max_new_tokens
+        yield data.decode(errors="replace" if last else "ignore")
 
 
 def _stop_ids(model: LoadedModel, tokenizer: Tokenizer) -> list[int]:
