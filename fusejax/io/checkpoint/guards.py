@@ -14,7 +14,7 @@ import jax
 from fusejax.errors import InputError
 from fusejax.io.checkpoint.checksums import DamagedCheckpoint
 
-__all__ = ["explained", "quiet", "writable"]
+__all__ = ["explained", "quiet", "silenced", "writable"]
 
 
 @contextlib.contextmanager
@@ -61,16 +61,22 @@ def explained(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Orbax's and absl's notes from the user's terminal while it runs, and puts the levels back."""
+def silenced() -> Iterator[None]:
+    """Keeps what Orbax and absl log from the user's terminal, and puts the levels back; failures are raised anyway."""
     loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """As `silenced`, and without warnings."""
+    with silenced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

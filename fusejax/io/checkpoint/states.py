@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from fusejax.io.checkpoint.checksums import (
     unsealed_json,
     verify,
 )
-from fusejax.io.checkpoint.guards import explained, quiet, writable
+from fusejax.io.checkpoint.guards import explained, quiet, silenced, writable
 from fusejax.parallel.processes import barrier, is_first, process_count
 
 with warnings.catch_warnings():
@@ -74,6 +75,9 @@ class StateWriter:
             raise InputError(f"keep must be at least 1 checkpoint or None, got {keep}.")
         self._directory, self._background = Path(directory).absolute(), background
         self._writing: int | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._failed = False
         remove_orphans(self._directory)
         barrier(f"orphans {self._directory}", seconds=_WAIT_SECONDS)
         self._manager = _manager(self._directory, keep=keep, background=background)
@@ -99,32 +103,37 @@ class StateWriter:
         with self._guarded():
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._writing = step
+        self._thread = threading.Thread(target=self._await, name="fusejax-checkpoint")
+        self._thread.start()
         if not self._background:
             self.wait()
 
     def check(self) -> None:
         """Raises what the save in the background failed with, if it did; costs microseconds."""
-        if self._writing is None:
-            return
-        with self._guarded():
-            self._manager.check_for_errors()
-        if not self._manager.is_saving_in_progress():
-            self._finish()
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when everything is committed; raises what failed."""
-        if self._writing is None:
+        if self._thread is None:
             return
+        while self._thread.is_alive():
+            self._thread.join(0.5)  # wakes up for Python's signal handlers
+        self._thread, failure, self._failure = None, self._failure, None
         with self._guarded():
-            self._manager.wait_until_finished()
-        self._finish()
+            if failure is not None:
+                self._failed = True
+                raise failure
+            if is_first() and (place := self._directory / str(self._writing)).is_dir():
+                seal(place)
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
         try:
             self.wait()
         finally:
-            with quiet():
+            # Orbax raises a failure once more here; it has been told.
+            with quiet(), contextlib.suppress(*([Exception] if self._failed else [])):
                 self._manager.close()
 
     def __enter__(self) -> "StateWriter":
@@ -133,20 +142,17 @@ class StateWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self) -> None:
-        step, self._writing = self._writing, None
-        if is_first() and (place := self._directory / str(step)).is_dir():
-            with writable(self._directory, clear=lambda: None):
-                seal(place)
+    def _await(self) -> None:
+        try:
+            with silenced():  # also what Orbax's own threads have to say meanwhile
+                self._manager.wait_until_finished()
+        except Exception as error:  # raised in the caller's thread
+            self._failure = error
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        with quiet(), writable(self._directory, clear=self._clear):
+        with quiet(), writable(self._directory, clear=lambda: remove_orphans(self._directory)):
             yield
-
-    def _clear(self) -> None:
-        self._writing = None
-        remove_orphans(self._directory)
 
 
 def save_train_state(
