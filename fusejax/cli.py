@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `fusejax.train.faults`
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -141,9 +142,7 @@ def _guarded(call: Callable[[], Any]) -> int:
         return _fail(str(error), 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _fail(
-                f"the disk is full ({error.filename or error.strerror}); free space and run the command again", 1
-            )
+            return _fail(f"the disk is full ({error.filename or error.strerror}); free space and run it again", 1)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return _fail(f"no permission: {error.filename or error}; choose another directory", 2)
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG) and error.filename:

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | {"JAX_PLATFORMS": "cpu"},
+            env=environment | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_PREEMPTION_SERVICE": "false"},  # as the cli does
         )
 
     def __enter__(self) -> "Workers":
@@ -123,7 +123,9 @@ def _child(options: dict) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         for to, of in ((0, null), (1, log), (2, log)):
             os.dup2(of, to)
-        sys.modules["fusejax.stages.run"] = SimpleNamespace(command=lambda name, words: _job(options))
+        stage = types.ModuleType("fusejax.stages.run")
+        stage.command = lambda name, words: _job(options)  # type: ignore[attr-defined]
+        sys.modules[stage.__name__] = stage
         from fusejax import cli
 
         code = cli.main(["train", "toy"])
@@ -169,7 +171,7 @@ def _job(options: dict) -> Any:
         _act(acts.get(step), directory)
 
     rows = 8
-    own = {"rows": range(rank * rows // 2, (rank + 1) * rows // 2)} if where else {}
+    own: dict[str, Any] = {"rows": range(rank * rows // 2, (rank + 1) * rows // 2)} if where else {}
     params = toy_params()
     if options.get("ballast"):  # a state that takes a while to write
         params["ballast"] = np.random.default_rng(0).normal(size=options["ballast"]).astype(np.float32)
@@ -188,9 +190,12 @@ def _job(options: dict) -> Any:
         faults=faults.FaultPolicy(**options.get("faults", {})),
         **where,
     )
+    state = result.state
+    if where:  # each process sees its own part only
+        state = jax.jit(lambda tree: tree, out_shardings=where["param_shardings"]["embed"]["embedding"])(state)
     if rank == 0:
-        final = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(result.state)}
-        np.savez(directory / "final.npz", **final)
+        final = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+        np.savez(directory / "final.npz", **final)  # pyright: ignore[reportArgumentType]
     barrier("end", seconds=60)
     return Result({}, "finished")
 

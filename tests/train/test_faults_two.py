@@ -1,0 +1,94 @@
+"""Two processes of one training: either is stopped, killed, fails or is stuck."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from fusejax.io.checkpoint import all_steps
+from fusejax.train.metrics import read_metrics
+
+from .test_faults import assert_same_end, assert_steps_restore
+from .workers import Workers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(workers, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert codes(workers.pair(directory)) == [0, 0]
+    return directory
+
+
+def codes(jobs):
+    return [job.wait() for job in jobs]
+
+
+def test_two_processes_train_as_one_does(workers, whole, tmp_path):
+    assert workers.run(tmp_path / "run")[0] == 0
+    losses = [[line["loss"] for line in read_metrics(path / "metrics.jsonl")] for path in (tmp_path / "run", whole)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)])
+def test_sigterm_to_both_or_one_saves_one_step(workers, whole, tmp_path, ranks):
+    of_rank = {rank: {"acts": {"6": "SIGTERM"}} for rank in ranks}
+    jobs = workers.pair(tmp_path / "run", of_rank=of_rank, pause=0.1)
+    assert codes(jobs) == [85, 85], [job.said() for job in jobs]
+    last = all_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert 6 <= last < 20 and all(f"step {last} is saved" in job.said() for job in jobs)
+    if ranks == (1,):
+        assert codes(workers.pair(tmp_path / "run")) == [0, 0]
+        assert_same_end(tmp_path / "run", whole)
+
+
+def test_sigterm_to_one_before_the_first_step_and_during_a_save(workers, whole, tmp_path):
+    began = time.monotonic()
+    jobs = workers.pair(tmp_path / "run", of_rank={1: {"acts": {"0": "SIGTERM"}}})
+    assert codes(jobs) == [85, 85], [job.said() for job in jobs]
+    assert time.monotonic() - began < 30
+    assert all_steps(tmp_path / "run" / "checkpoints") == []
+    jobs = workers.pair(tmp_path / "run", of_rank={0: {"acts": {"6": "saving SIGTERM"}}}, pause=0.1)
+    assert codes(jobs) == [85, 85], [job.said() for job in jobs]
+    assert codes(workers.pair(tmp_path / "run")) == [0, 0]
+    assert_same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_of_one_ends_both_with_its_traceback_last(workers, tmp_path, rank):
+    began = time.monotonic()
+    jobs = workers.pair(tmp_path / "run", of_rank={rank: {"acts": {"5": "raise"}}})
+    assert codes(jobs) == [1, 1], [job.said() for job in jobs]
+    assert time.monotonic() - began < 30
+    assert jobs[rank].said().rstrip().endswith("RuntimeError: planted for a test")
+    assert f"process {rank} has failed (RuntimeError)" in jobs[1 - rank].said()
+    logs = [job.log.stat().st_mtime_ns for job in jobs]
+    assert logs[rank] > logs[1 - rank]
+
+
+def test_a_stuck_process_is_told_by_rank(workers, tmp_path):
+    jobs = workers.pair(tmp_path / "run", of_rank={1: {"acts": {"5": "hang"}}}, faults={"watchdog_seconds": 4.0})
+    assert codes(jobs) == [75, 75], [job.said() for job in jobs]
+    assert "_act" in jobs[1].said() and "_act" not in jobs[0].said()
+    assert "process 1 of 2 is stepping after step" in jobs[1].said() or "process 0 has failed" in jobs[1].said()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_of_either_during_a_save_loses_no_step(workers, whole, tmp_path, rank):
+    jobs = workers.pair(tmp_path / "run", of_rank={rank: {"acts": {"7": "saving SIGKILL"}}}, pause=0.05)
+    assert jobs[rank].wait() == -9
+    jobs[1 - rank].kill(signal.SIGKILL)  # as the launcher and SLURM do; by itself it takes JAX's heartbeat
+    jobs[1 - rank].wait()
+    assert_steps_restore(tmp_path / "run", whole)
+    jobs = workers.pair(tmp_path / "run")
+    assert codes(jobs) == [0, 0], [job.said() for job in jobs]
+    assert_same_end(tmp_path / "run", whole)
+    assert_steps_restore(tmp_path / "run", whole)
