@@ -27,12 +27,7 @@ from fusejax.io.stream_read import FileTensor, StoredTensor, dtype_of
 from fusejax.models.config import ModelConfig
 from fusejax.models.params import param_table
 
-__all__ = ["LeafTensor", "is_checkpoint", "open_leaves"]
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Returns whether a directory holds a model that `fusejax.io.checkpoint.save_model` wrote."""
-    return (directory / CHECKSUMS).is_file() and (directory / "params").is_dir()
+__all__ = ["LeafTensor", "open_leaves"]
 
 
 def open_leaves(directory: Path, scratch: Path | None = None) -> tuple[dict[str, StoredTensor], list[int], Any]:

@@ -172,9 +172,9 @@ def open_tensors(directory: str | os.PathLike[str], *, scratch: Path | None = No
         InputError: no model there, pickled weights, a path out of the directory, a damaged or truncated file.
     """
     root = _directory(directory)
-    from fusejax.io.stream_checkpoint import is_checkpoint, open_leaves
+    if (root / "params").is_dir() and (root / "checksums.json").is_file():  # of fusejax.io.checkpoint
+        from fusejax.io.stream_checkpoint import open_leaves
 
-    if is_checkpoint(root):
         return ModelTensors(root, *open_leaves(root, scratch))
     tensors: dict[str, StoredTensor] = {}
     descriptors: list[int] = []

@@ -1,15 +1,14 @@
 """merge: several targets become one, in parameter space (artefact A7).
 
-The command streams its models from file to file (`merge_files`, `merge_engine`). The stage of a run merges what the
-run has trained, in memory.
+Models are streamed from file to file (`merge_files`, `merge_engine`): by the command between any directories, by the
+stage of a run from what the run has trained to a checkpoint of its own.
 """
 
-__all__ = ["command", "merge_models", "merge_run"]
+__all__ = ["command", "merge_run"]
 
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from fusejax.merging import MERGE_METHODS
 from fusejax.stages.merge_recipes import extended, flags_to_parameters, read_recipes
 
 if TYPE_CHECKING:  # a merge of files needs neither Orbax nor the configuration of runs
-    from fusejax.io.models import LoadedModel
     from fusejax.stages.command import Result
     from fusejax.stages.context import Run
     from fusejax.stages.merge_files import Job, Options
@@ -28,15 +26,16 @@ if TYPE_CHECKING:  # a merge of files needs neither Orbax nor the configuration 
 
 def merge_run(run: "Run") -> Manifest | None:
     """Merges the trained targets of a run; nothing where the configuration has no `merge`."""
-    from fusejax.io.models import model_fingerprint, open_model
+    from fusejax.io.manifest import read_manifest
+    from fusejax.io.models import model_fingerprint
     from fusejax.stages.context import finished
-    from fusejax.stages.keep import keep_model
+    from fusejax.stages.merge_files import Options, opened_job, perform
 
     options = run.config.merge
     if options is None:
         return None
     arms = list(options.targets) or [fusion.name for fusion in run.config.fusions]
-    base_path = run.model_path(run.config.target)
+    base = run.model_path(run.config.target)
     settings = {"method": options.method, "parameters": options.parameters, "targets": arms}
     parents = {arm: model_fingerprint(run.model_dir(arm)) for arm in arms}
     parents["base"] = run.fingerprint(run.config.target)
@@ -44,46 +43,14 @@ def merge_run(run: "Run") -> Manifest | None:
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
     run.replace_stale(directory)
-    base, targets = open_model(base_path), [open_model(run.model_dir(arm)) for arm in arms]
-    merged, coefficients = merge_models(base, targets, method=options.method, parameters=options.parameters)
-    facts = {"coefficients": coefficients}
-    return keep_model(
-        directory, base.config, merged, tokenizer_dir=base_path, settings=settings, parents=parents, facts=facts
-    )
-
-
-def merge_models(
-    base: "LoadedModel", targets: Sequence["LoadedModel"], *, method: str, parameters: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Merges loaded models of one architecture.
-
-    Returns:
-      The merged parameters, and the coefficient of every target per matrix where the method has them.
-
-    Raises:
-      InputError: different architectures, an unknown method or parameter, a NaN.
-    """
-    from fusejax.errors import nearest
-    from fusejax.merging import merge_trees
-
-    if method not in MERGE_METHODS:
-        raise InputError(f"unknown merge method {method!r}.{nearest(method, MERGE_METHODS)} Known: {_methods()}")
-    for target in targets:
-        ours = (target.config.vocab_size, target.config.hidden_size, target.config.num_layers)
-        theirs = (base.config.vocab_size, base.config.hidden_size, base.config.num_layers)
-        if ours != theirs:
-            raise InputError(
-                f"{target.directory} has (vocabulary, width, layers) {ours}, the base {base.directory} has {theirs}; "
-                "models that are merged must be of one structure"
-            )
-    fingerprints = [target.fingerprint for target in targets]
-    if len(set(fingerprints)) < len(fingerprints):
-        raise InputError("the same model is given twice as a target; give each once, with a weight")
-    trees = [target.params for target in targets]
-    if MERGE_METHODS[method].coefficients is None:
-        return merge_trees(base.params, trees, method=method, **parameters), {}
-    merged, factors = merge_trees(base.params, trees, method=method, coefficients=True, **parameters)
-    return merged, {path: factor.tolist() for path, factor in factors.items()}
+    recipe = {"method": options.method, "base": str(base), "targets": [str(run.model_dir(arm)) for arm in arms]}
+    recipe["parameters"] = dict(options.parameters)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    how = Options(checkpoint=True, settings=settings, parents=parents)
+    scratch = tempfile.TemporaryDirectory(prefix=".merged.", dir=directory.parent)
+    with scratch as place, opened_job(recipe, {}, scratch=Path(place)) as job:
+        perform(job, directory, how)
+    return read_manifest(directory)
 
 
 def command(name: str, words: list[str]) -> "Result":

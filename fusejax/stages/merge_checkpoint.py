@@ -20,12 +20,12 @@ from fusejax.parallel.paths import unflatten_paths
 __all__ = ["convert_in_place"]
 
 
-def convert_in_place(directory: Path, record: Mapping[str, Any]) -> None:
+def convert_in_place(directory: Path, *, settings: Mapping[str, Any], parents: Mapping[str, str]) -> None:
     """Replaces the safetensors files of a directory by our leaves, and writes its manifest.
 
     Args:
         directory: a complete Hugging Face model of an architecture that fusejax knows.
-        record: what `merge.json` says; recipe and inputs go into the manifest.
+        settings, parents: of the manifest.
     """
     config = read_hf_config(directory)
     with contextlib.ExitStack() as stack:
@@ -41,8 +41,7 @@ def convert_in_place(directory: Path, record: Mapping[str, Any]) -> None:
     hidden = {path: path.read_bytes() for path in directory.glob(".*") if path.is_file()}
     for path in hidden:  # the journal is no part of the artefact
         path.unlink()
-    inputs = {name: facts["xxh3"] for name, facts in record["inputs"].items()}
-    write_manifest(directory, kind="model", settings={"recipe": record["recipe"]}, parents=inputs)
+    write_manifest(directory, kind="model", settings=settings, parents=parents)
     for path, data in hidden.items():
         path.write_bytes(data)
 

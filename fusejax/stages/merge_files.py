@@ -42,6 +42,8 @@ class Options(NamedTuple):
     nonfinite: str = "error"
     mesh: Any = None
     checkpoint: bool = False  # write a fusejax checkpoint, not a Hugging Face directory
+    settings: Mapping[str, Any] | None = None  # of the checkpoint's manifest; None: the recipe
+    parents: Mapping[str, str] | None = None  # and the fingerprints there; None: the inputs' hashes
 
 
 class Job(NamedTuple):
@@ -116,7 +118,12 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
         if options.checkpoint:
             from fusejax.stages.merge_checkpoint import convert_in_place
 
-            convert_in_place(staging.directory, record)
+            inputs = {name: facts["xxh3"] for name, facts in record["inputs"].items()}
+            convert_in_place(
+                staging.directory,
+                settings=options.settings or {"recipe": record["recipe"]},
+                parents=inputs if options.parents is None else options.parents,
+            )
     return record
 
 
