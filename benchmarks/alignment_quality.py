@@ -97,7 +97,7 @@ def agreement(pairs: Encoded, indices: list[Any], vocab_map: VocabMap, opening: 
     """Share of aligned positions whose true next tokens have the same name; a special pairs by role in every map."""
     aligned = same = 0
     for (theirs, ours), index in zip(pairs, indices, strict=True):
-        first = opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, index) if opening else None
+        first = opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, index) if opening else []
         own = vocab_map.symbol_of_target[ours.labels]
         agreed = (true_symbols(theirs.labels, index, vocab_map, opening=first) == own) & (own >= 0)
         aligned, same = aligned + int((index >= 0).sum()), same + int(agreed.sum())

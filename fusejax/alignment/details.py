@@ -32,7 +32,7 @@ def alignment_details(
     sources: Sequence[_Encoded],
     targets: Sequence[_Encoded],
     indices: Sequence[Array],
-    openings: Sequence[tuple[int, Array] | None],
+    openings: Sequence[Sequence[tuple[int, Array]]],
     vocab_map: VocabMap,
     source: ByteVocabulary,
     target: ByteVocabulary,
@@ -42,7 +42,7 @@ def alignment_details(
     Args:
       sources, targets: the encoded documents.
       indices: [T] int32 per document, the aligned source positions, -1: none.
-      openings: per document, from `Opening`, or None.
+      openings: per document, from `Opening`.
       vocab_map: the symbols.
       source, target: the vocabularies, for the bytes of tokens.
 

@@ -13,7 +13,7 @@ sides have a boundary at its two ends, the sum of the source's realised log-prob
 distribution over symbols only supervises the token's beginning there; the chain gives back the rest of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,6 +66,7 @@ def align_document(
     opening: Opening | None = None,
     conditioner: Conditioner | None = None,
     chain: bool = False,
+    begins: Sequence[int] = (0,),
 ) -> AlignedDocument:
     """Carries one captured document to the target's positions and symbols.
 
@@ -81,6 +82,7 @@ def align_document(
       opening: names tokens where one side begins with a dummy space; None: the map holds there too.
       conditioner: fills positions inside a source token; None: they stay empty.
       chain: also store `chain_logprob`.
+      begins: the byte ends at which text begins, for the opening.
 
     Returns:
       The aligned record and its report.
@@ -94,9 +96,10 @@ def align_document(
             "the corpus has changed since the capture, so capture it again."
         )
     index = align_positions(source["byte_ends"], target.byte_ends)
-    first = None
+    first: list[tuple[int, Array]] = []
     if opening is not None:
-        first = opening(source["labels"], source["byte_ends"], target.labels, target.byte_ends, index)
+        ends = source["byte_ends"], target.byte_ends
+        first = opening(source["labels"], ends[0], target.labels, ends[1], index, begins=begins)
     stored = TopK(source["topk_ids"], source["topk_logprobs"], source["residual_logprob"])
     moved = _transported(stored, index, vocab_map, first, max_entries)
     kept = _kept(stored, moved, index)
@@ -154,12 +157,11 @@ def chain_logprobs(source_realised: Array, source_index: Array, target_ends: Arr
 
 
 def _transported(
-    stored: TopK, index: Array, vocab_map: VocabMap, first: tuple[int, Array] | None, max_entries: int | None
+    stored: TopK, index: Array, vocab_map: VocabMap, first: Sequence[tuple[int, Array]], max_entries: int | None
 ) -> TopK:
-    """The distributions of the aligned positions; the document's opening by its own names."""
+    """The distributions of the aligned positions; openings by their own names."""
     moved = transport(stored, index, vocab_map, max_entries=max_entries)
-    if first is not None:
-        row, table = first
+    for row, table in first:
         names = vocab_map._replace(symbol_of_source=table)
         only = transport(stored, index[row : row + 1], names, max_entries=max_entries)
         for whole, part in zip(moved, only, strict=True):

@@ -2,11 +2,12 @@
 
 Sentencepiece puts a blank before the first word, byte-level BPE does not: at byte 0 one side's next token is
 " The", the other's "The". Both predict the same text, but the symbols of the two tokens differ, at the first
-position of every document. There the source's tokens are named by what they say about the text: without the blank
+position of every document; a chat template does the same at the start of a turn (`: Yes` or a line end). There the
+source's tokens are named by what they say about the text: without the blank
 that the target does not have, or behind the blank that the target has in front of it.
 
 Which side has one is read off each document (a text that begins with a space may get none): the next token of the
-last position at byte 0 is one byte longer than what it covers.
+last position at that byte is one byte longer than what it covers.
 
 Not done here: vocabulary maps other than the coarse alphabet.
 """
@@ -35,28 +36,38 @@ class Opening:
         self._tables: dict[bool, Array] = {}
 
     def __call__(
-        self, source_labels: Array, source_ends: Array, target_labels: Array, target_ends: Array, source_index: Array
-    ) -> tuple[int, Array] | None:
-        """Finds the position of one document whose symbols differ from the map.
+        self,
+        source_labels: Array,
+        source_ends: Array,
+        target_labels: Array,
+        target_ends: Array,
+        source_index: Array,
+        *,
+        begins: Sequence[int] = (0,),
+    ) -> list[tuple[int, Array]]:
+        """Finds the positions of one document whose symbols differ from the map.
 
         Args:
           source_labels, source_ends: [T_s] true next tokens and byte ends of the source.
           target_labels, target_ends: [T] likewise of the target.
           source_index: [T] int32, the aligned source positions, -1: none.
+          begins: the byte ends at which text begins.
 
         Returns:
-          (target position, symbol_of_source [V_s] int32 to use there), or None where the map holds.
+          (target position, symbol_of_source [V_s] int32 to use there) of each.
         """
-        row = int(np.searchsorted(target_ends, 0, side="right")) - 1
-        if row < 0 or source_index[row] < 0:
-            return None
-        ours = _dummy(self._target.token_bytes, target_labels, target_ends, row)
-        theirs = _dummy(self._source.token_bytes, source_labels, source_ends, int(source_index[row]))
-        if ours is theirs:
-            return None
-        if theirs not in self._tables:
-            self._tables[theirs] = self._table(strip=theirs)
-        return row, self._tables[theirs]
+        found = []
+        for row in (np.searchsorted(target_ends, begins, side="right") - 1).tolist():
+            if row < 0 or source_index[row] < 0:
+                continue
+            ours = _dummy(self._target.token_bytes, target_labels, target_ends, row)
+            theirs = _dummy(self._source.token_bytes, source_labels, source_ends, int(source_index[row]))
+            if ours is theirs:
+                continue
+            if theirs not in self._tables:
+                self._tables[theirs] = self._table(strip=theirs)
+            found.append((row, self._tables[theirs]))
+        return found
 
     def _table(self, *, strip: bool) -> Array:
         """Symbols [V_s] of the source's tokens without their blank (of those that have one), or behind a blank."""
@@ -64,10 +75,8 @@ class Opening:
         used = [index for index, surface in enumerate(renamed) if surface]
         table = np.full(len(renamed), -1, np.int32)
         table[used] = symbols_of_bytes([renamed[i] or b"" for i in used], self._source, self._target, self._map)
-        roles = [
-            i for role, i in self._source.special_roles.items() if self._target.special_roles.get(role) is not None
-        ]
-        table[roles] = self._map.symbol_of_source[roles]
+        special = [index for index, surface in enumerate(self._source.token_bytes) if surface is None]
+        table[special] = self._map.symbol_of_source[special]
         return table
 
 

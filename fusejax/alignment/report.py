@@ -7,7 +7,7 @@ sides have the same symbol: what is left to 1 is supervision that contradicts th
 Not done here: pictures and tables (`fusejax.report`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ def report_document(
     n_bytes: int | None = None,
     exact: bool = True,
     doc_id: str = "",
-    opening: tuple[int, Array] | None = None,
+    opening: Sequence[tuple[int, Array]] = (),
 ) -> DocumentReport:
     """Counts what the alignment of one document did.
 
@@ -83,7 +83,7 @@ def report_document(
       n_bytes: length of the document; None: the last byte end.
       exact: whether both sides' byte ends are sums of token bytes.
       doc_id: named in the worst spans.
-      opening: a position and the symbols [V_s] of source tokens there (`fusejax.alignment.opening`).
+      opening: positions and the symbols [V_s] of source tokens there (`fusejax.alignment.opening`).
 
     Returns:
       The sums.
@@ -111,15 +111,14 @@ def report_document(
 
 
 def true_symbols(
-    source_labels: Array, source_index: Array, vocab_map: VocabMap, *, opening: tuple[int, Array] | None = None
+    source_labels: Array, source_index: Array, vocab_map: VocabMap, *, opening: Sequence[tuple[int, Array]] = ()
 ) -> Array:
     """Returns the symbol [T] int32 of the source's true next token at each target position; -1: none."""
     index = np.asarray(source_index)
     symbols = np.full(index.size, -1, np.int32)
     paired = index >= 0
     symbols[paired] = np.asarray(vocab_map.symbol_of_source)[np.asarray(source_labels)[index[paired]]]
-    if opening is not None:
-        row, table = opening
+    for row, table in opening:
         symbols[row] = table[source_labels[index[row]]]
     return symbols
 

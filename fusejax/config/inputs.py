@@ -31,6 +31,11 @@ class ModelRef(Config):
         "server and the directory or hub name of its tokenizer. A key is read from FUSEJAX_API_KEY.",
         pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$",  # a password in an address would be stored with the run
     )
+    chat_template: str | None = Field(
+        default=None,
+        description="How the model renders conversations: a name (openchat_3.5, vicuna, llama-2, llama-3, mistral, "
+        "gemma, qwen, phi-3, internlm2, yi, zephyr, chatml) or a jinja file; None: `corpus.chat_template`.",
+    )
     trust_remote_code: str | None = Field(
         default=None, description="Run the code in the model's directory; must repeat `model`. torch only."
     )
@@ -75,9 +80,36 @@ class TextSource(Config):
         default=None, description="None: by the suffix."
     )
     text_field: str = Field(default="text", description="Field that holds the text.")
+    spans_field: str | None = Field(
+        default=None,
+        description="Field with [start, end] ranges of characters of the text that are trained; None: all.",
+    )
+    messages_field: str | None = Field(
+        default=None,
+        description="Field with a conversation, in place of a text: {role, content} or ShareGPT's {from, value} "
+        "objects. Each model renders it by its own chat template; assistant contents are trained.",
+    )
+    prompt_fields: tuple[str, ...] = Field(
+        default=(), description="Fields that are the user's turn of a conversation of two turns (Alpaca, GSM8K)."
+    )
+    response_field: str | None = Field(default=None, description="Field that is the assistant's turn.")
     split: str | None = Field(default=None, description="Split of a `datasets` source.")
     limit: int | None = Field(default=None, ge=1, description="Read at most this many documents.")
     limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether records are conversations."""
+        return self.messages_field is not None or self.response_field is not None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "TextSource":
+        if bool(self.prompt_fields) != (self.response_field is not None):
+            raise ValueError("prompt_fields and response_field go together")
+        forms = [n for n in ("spans_field", "messages_field", "response_field") if getattr(self, n) is not None]
+        if len(forms) > 1:
+            raise ValueError(f"{' and '.join(forms)} exclude each other: a record is a text or a conversation")
+        return self
 
     @field_validator("domain")
     @classmethod
@@ -90,6 +122,11 @@ class TextSource(Config):
 class CorpusConfig(Config):
     """The text of a run."""
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether any of it is conversations."""
+        return any(source.is_chat for source in (*self.train, *self.valid, *self.test))
+
     train: tuple[TextSource, ...] = Field(description="Documents that are captured and trained on.", min_length=1)
     valid: tuple[TextSource, ...] = Field(
         default=(), description="Held out for curves; empty: taken from train by a hash."
@@ -101,7 +138,12 @@ class CorpusConfig(Config):
         default=0.05, ge=0, lt=0.5, description="Share of train taken where `valid` is empty."
     )
     test_fraction: float = Field(default=0.05, ge=0, lt=0.5, description="Share of train taken where `test` is empty.")
-    max_document_bytes: int = Field(default=8192, ge=16, description="Longer documents are cut, losslessly, in bytes.")
+    max_document_bytes: int = Field(
+        default=8192, ge=16, description="Longer documents are cut, losslessly, in bytes; conversations stay whole."
+    )
+    chat_template: str | None = Field(
+        default=None, description="Chat template of models that give none; None: the tokenizer's own."
+    )
     max_train_bytes: int | None = Field(default=None, ge=1, description="Cap on the bytes of training text per domain.")
     max_eval_bytes: int | None = Field(
         default=None, ge=1, description="Cap on the bytes of valid and of test, per domain."

@@ -66,6 +66,10 @@ class AlignConfig(Config):
     chain: bool = Field(
         default=False, description="Also supervise long realised tokens by the source's probability of their bytes."
     )
+    reference_bugs: bool = Field(
+        default=False,
+        description="With positions dtw: as the papers' programs were released, defects included. For comparison only.",
+    )
     calibration_bytes: int = Field(
         default=2_000_000, ge=0, description="Text on which coarse symbols that disagree are joined; 0: none are."
     )
@@ -76,6 +80,8 @@ class AlignConfig(Config):
             raise ValueError("positions dtw needs vocabulary exact, min_ed or statistics; coarse symbols need bytes")
         if self.positions == "bytes" and self.vocabulary == "statistics":
             raise ValueError("vocabulary statistics counts tokens that were aligned as strings: set positions dtw")
+        if self.reference_bugs and self.positions != "dtw":
+            raise ValueError("reference_bugs are those of the papers' alignment: set positions dtw")
         if self.positions == "dtw" and (self.chain or self.conditioned):
             raise ValueError("chain and conditioned need positions bytes")
         return self

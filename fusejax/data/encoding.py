@@ -33,14 +33,9 @@ class DocumentEncoder:
         Raises:
           InputError: a conversation without a template or that the template cannot say, or nothing to train.
         """
-        plain = [document for document in documents if not document.turns]
-        found = dict(
-            zip(map(id, plain), self.tokenizer.encode_batch([document.text for document in plain]), strict=True)
-        )
-        return [
-            self._conversation(document) if document.turns else self._masked(document, found[id(document)])
-            for document in documents
-        ]
+        documents = list(documents)  # a corpus makes its documents anew at every look
+        plain = iter(self.tokenizer.encode_batch([d.text for d in documents if not d.turns]))
+        return [self._conversation(d) if d.turns else self._masked(d, next(plain)) for d in documents]
 
     def encode(self, document: Document) -> EncodedDocument:
         """Encodes one document; see `encode_batch`."""

@@ -7,8 +7,10 @@
 | `text` | one text file, or a folder of them, recursively | path in the folder |
 | `dataset` | a saved `datasets` directory, our corpus, or `name[:config]` on the hub | `id_field`, else the row |
 
-A folder may also hold JSONL or parquet files only; they are read one after another. Nothing is skipped in silence:
-empty documents are counted in `ReadCounts`, everything else that is wrong is an InputError that names file and place.
+A record holds a text, a text with trained spans, or a conversation (`fusejax.data.messages`). A folder may also hold
+JSONL or parquet files only; they are read one after another. Nothing is skipped in silence: empty documents (and
+conversations in which the assistant says nothing) are counted in `ReadCounts`, everything else that is wrong is an
+InputError that names file and place.
 
 Deliberately not done: remote code of hub datasets (`datasets` 5 has none), CSV, guessing encodings (text is UTF-8).
 """
@@ -22,11 +24,13 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusejax.data.corpus import CorpusReader, Document
+from fusejax.data.messages import Fields, messages_of
+from fusejax.data.spans import character_spans, conversation
 from fusejax.errors import InputError, nearest
 
 FORMATS = ("jsonl", "parquet", "text", "dataset")
@@ -51,6 +55,7 @@ class _Row:
     default_id: str
     fields: dict[str, Any]
     text: str | None = None  # of a text file, which has no fields
+    document: Document | None = None  # of our own corpus
 
 
 def read_documents(
@@ -58,6 +63,10 @@ def read_documents(
     *,
     format: str | None = None,
     text_field: str = "text",
+    spans_field: str | None = None,
+    messages_field: str | None = None,
+    prompt_fields: Sequence[str] = (),
+    response_field: str | None = None,
     id_field: str | None = None,
     domain_field: str | None = "domain",
     split: str | None = None,
@@ -70,6 +79,9 @@ def read_documents(
       source: a path, or the name of a dataset on the Hugging Face hub.
       format: one of `FORMATS`; by default what the path's name or content says.
       text_field: the field of a record that holds the text.
+      spans_field: the field with the ranges of characters that are trained (`fusejax.data.spans`); None: all are.
+      messages_field: the field with a conversation (`fusejax.data.messages`), which takes the place of the text.
+      prompt_fields, response_field: the fields of a question and its answer, likewise.
       id_field: the field that holds the id, a string or an integer; by default `id` where a record has it.
       domain_field: the field that holds the domain, where a record has it.
       split: for a dataset with several splits: which one.
@@ -88,7 +100,8 @@ def read_documents(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: give a positive number of documents, or none for all")
     rows = _rows(source, format or _guess_format(source), split)
-    documents = _documents(rows, text_field, id_field, domain_field, counts or ReadCounts())
+    fields = Fields(text_field, spans_field, messages_field, tuple(prompt_fields), response_field)
+    documents = _documents(rows, fields, id_field, domain_field, counts or ReadCounts())
     return itertools.islice(documents, limit)
 
 
@@ -209,7 +222,8 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[_Row]:
 
 def _corpus_rows(path: Path, split: str) -> Iterator[_Row]:
     for document in CorpusReader(path / f"{split}.arrow"):
-        yield _Row(f"{path} {split}", document.id, {f: getattr(document, f) for f in ("id", "text", "domain")})
+        fields = {f: getattr(document, f) for f in ("id", "text", "domain")}
+        yield _Row(f"{path} {split}", document.id, fields, document=document)
 
 
 def _hub_rows(name: str, split: str | None) -> Iterator[_Row]:
@@ -243,12 +257,12 @@ def _dataset_rows(data: Any, name: str) -> Iterator[_Row]:
 
 
 def _documents(
-    rows: Iterator[_Row], text_field: str, id_field: str | None, domain_field: str | None, counts: ReadCounts
+    rows: Iterator[_Row], fields: Fields, id_field: str | None, domain_field: str | None, counts: ReadCounts
 ) -> Iterator[Document]:
     seen: dict[str, str] = {}
     for row in rows:
-        text = _text(row, text_field)
-        if not text.strip():
+        found = _content(row, fields)
+        if found is None:
             counts.empty += 1
             continue
         name = _identifier(row, id_field)
@@ -256,10 +270,28 @@ def _documents(
             raise InputError(f"{row.place}: the id {name!r} was already used at {seen[name]}: make the ids unique")
         seen[name] = row.place
         domain = row.fields.get(domain_field) if domain_field else None
-        document = Document(name, text, domain if isinstance(domain, str) else "")
+        document = dataclasses.replace(found, id=name, domain=domain if isinstance(domain, str) else "")
         counts.documents += 1
         counts.bytes += document.n_bytes
         yield document
+
+
+def _content(row: _Row, names: Fields) -> Document | None:
+    """What a record says, without a name; None: nothing."""
+    if names.messages is not None or names.response is not None:
+        messages = messages_of(row.fields, names, row.place)
+        text, turns, spans = conversation(messages)
+        return Document("", text, spans=spans, turns=turns) if messages else None
+    text = _text(row, names.text)
+    if not text.strip():
+        return None
+    if names.spans is None:
+        return row.document or Document("", text)
+    if names.spans not in row.fields:
+        found = sorted(map(str, row.fields))
+        raise InputError(f"{row.place}: no field {names.spans!r} with spans; the fields are {found}")
+    spans = character_spans(text, row.fields[names.spans], row.place)
+    return Document("", text, spans=spans) if spans else None
 
 
 def _text(row: _Row, field: str) -> str:

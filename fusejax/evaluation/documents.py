@@ -27,7 +27,7 @@ class DocumentScore(NamedTuple):
     """What a model says of one document of N predicting positions."""
 
     index: int  # place in the texts that were given
-    realised_logprob: np.ndarray  # [N] float32 nats, of the label at each position
+    realised_logprob: np.ndarray  # [N] float32 nats, of the label at each position that counts
     byte_ends: np.ndarray  # [N] int32, bytes of the text covered after reading the position's token
     n_bytes: int  # UTF-8 bytes of the text
 
@@ -92,7 +92,8 @@ def evaluate_documents(
       score_fn: (tokens, labels, positions, segment_ids), each [batch_size, context] int32 -> log-probability of
         the labels, [batch_size, context] nats. Attention must stay within a segment; segment 0 is padding, whose
         values are ignored.
-      tokenizer: has `encode(text)`, giving `tokens`, `labels`, `byte_ends` [N] and `n_bytes`.
+      tokenizer: has `encode(text)`, giving `tokens`, `labels`, `byte_ends` [N] and `n_bytes`; where it also gives
+        `spans` [N], only positions with a span (not -1) count, and bytes are those of the spans.
       texts: documents; those without text are left out and counted.
       context: most positions the model reads at once.
       batch_size: rows of a batch.
@@ -124,11 +125,18 @@ def evaluate_documents(
         if on_batch is not None:
             on_batch(sum(placed.window.stop - placed.window.counted for placed in batch))
     documents = [
-        DocumentScore(index, score, np.asarray(document.byte_ends, np.int32), int(document.n_bytes))
+        DocumentScore(index, score[rows], np.asarray(document.byte_ends, np.int32)[rows], int(document.n_bytes))
         for index, document, score in zip(indices, encoded, scores, strict=True)
+        for rows in [_counted(document)]
     ]
     _refuse_nan(documents)
     return Evaluation(tuple(documents), empty)
+
+
+def _counted(document: Any) -> Any:
+    """The positions of a document that count: all, or those of its spans."""
+    spans = getattr(document, "spans", None)
+    return slice(None) if spans is None else np.flatnonzero(spans >= 0)
 
 
 def _windows(lengths: Sequence[int], context: int, overlap: int) -> Iterator[_Window]:

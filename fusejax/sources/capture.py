@@ -155,10 +155,12 @@ def _check(
 
 
 def record_of(document: Any, captured: CapturedDocument) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns header and arrays of the captured record (artefact A1) of one document."""
+    """Returns header and arrays of the captured record (artefact A1) of one document; a masked one has `spans`."""
+    spans = getattr(document, "spans", None)
+    counted = slice(None) if spans is None else spans >= 0
     header = {
         "n_bytes": int(document.n_bytes),
-        "nll_nats": float(-captured.realised_logprob.astype(np.float64).sum()),
+        "nll_nats": float(-captured.realised_logprob[counted].astype(np.float64).sum()),
         "exact": bool(document.exact),
     }
     arrays = {
@@ -170,4 +172,6 @@ def record_of(document: Any, captured: CapturedDocument) -> tuple[dict[str, Any]
         "residual_logprob": captured.topk.residual_logprob,
         "realised_logprob": captured.realised_logprob,
     }
+    if spans is not None:
+        arrays["spans"] = np.asarray(spans, np.int32)
     return header, arrays

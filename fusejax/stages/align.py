@@ -7,61 +7,31 @@ two tokenizers on a text, which needs no model.
 __all__ = ["align", "command"]
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from fusejax.alignment import (
-    AlignedDocument,
-    Conditioner,
-    DocumentReport,
-    Opening,
-    add_up,
-    align_document,
-    summary,
-)
+from fusejax.alignment import DocumentReport, add_up, summary
 from fusejax.alignment.report import Span
-from fusejax.config import AlignConfig
-from fusejax.data.corpus import Document, read_corpus
+from fusejax.data.corpus import read_corpus
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
 from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader
-from fusejax.io.tokenizers import EncodedDocument, Tokenizer, load_tokenizer
+from fusejax.io.tokenizers import Tokenizer, load_tokenizer
 from fusejax.parallel.processes import is_first
-from fusejax.stages.align_papers import min_ed_vocabulary_map, parity_of
+from fusejax.stages.align_method import choose_method
+from fusejax.stages.capture import chat_settings
 from fusejax.stages.command import Result, parser
-from fusejax.stages.compare import compare_tokenizers, first_bytes, vocabulary_map, write_alignment_page
+from fusejax.stages.compare import compare_tokenizers, write_alignment_page
 from fusejax.stages.context import Run, finished
 from fusejax.stages.lineage import check_captured
 from fusejax.stages.together import close_together, own_shards, shared_writer
-from fusejax.types import VocabMap
 
 VOCABULARY = "vocabulary.npz"
 MAPS = ("coarse", "exact")
-
-
-class _Texts(Sequence[str]):
-    """The texts of documents, read from the corpus when they are asked for."""
-
-    def __init__(self, documents: Sequence[Document]):
-        self._documents = documents
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [document.text for document in self._documents[index]]
-        return self._documents[index].text
 
 
 def align(run: Run) -> dict[str, Manifest]:
@@ -71,12 +41,13 @@ def align(run: Run) -> dict[str, Manifest]:
 
 def _align_one(run: Run, name: str) -> Manifest:
     reader = RecordReader(run.captured_dir(name), kind="captured")
-    source, target = run.tokenizer(run.participants[name]), run.tokenizer(run.config.target)
-    _check_tokenizer(reader.manifest, source, name)
+    source, target = run.encoder(run.participants[name]), run.encoder(run.config.target)
+    _check_tokenizer(reader.manifest, source.tokenizer, name)
     check_captured(run, name)
     dtype, shard_size = run.config.capture.dtype, reader.manifest.settings["shard_size"]
     options = run.config.align
-    settings = options.model_dump(mode="json") | {"target_tokenizer": target.fingerprint}
+    settings = options.model_dump(mode="json") | {"target_tokenizer": target.tokenizer.fingerprint}
+    settings |= chat_settings(run, run.config.target, "target_chat_template")
     settings["codec"] = codec = run.config.capture.codec
     parents = {"captured": reader.manifest.fingerprint}
     directory = run.aligned_dir(name)
@@ -89,7 +60,7 @@ def _align_one(run: Run, name: str) -> Manifest:
     if len(documents) != len(reader):
         counts = f"{len(reader)} documents, the corpus {len(documents)}"
         raise InputError(f"{reader.directory} holds {counts}; capture it again")
-    vocab_map, align_record = _method(options, reader, source, target, _Texts(documents), dtype)
+    vocab_map, align_record = choose_method(options, reader, source, target, documents, dtype=dtype)
     identity = {"settings": settings, "parents": parents, "shard_size": shard_size, "codec": codec}
     writer = shared_writer(run, directory, kind="aligned", **identity)
     if is_first():
@@ -102,10 +73,9 @@ def _align_one(run: Run, name: str) -> Manifest:
             first, made = number * shard_size, writer.has(number)
             writer.seek(number)
             shard = documents[first : first + shard_size]
-            texts = [document.text for document in shard]
-            for offset, encoded in enumerate(target.encode_batch(texts)):
+            for offset, encoded in enumerate(target.encode_batch(shard)):
                 record = reader[first + offset]
-                aligned = align_record(record, encoded)
+                aligned = align_record(record, encoded, bool(shard[offset].turns))
                 reports.append(aligned.report)
                 fallbacks += aligned.header.get("one_hot", 0)
                 if not made:  # the report is made again, the record is not
@@ -132,48 +102,6 @@ def _report_of(found: list[Any]) -> DocumentReport:
     *sums, worst = found
     *counts, mass = sums
     return DocumentReport(*map(int, counts), mass_kept=mass, worst=tuple(Span(*span) for span in worst))
-
-
-def _method(
-    options: AlignConfig, reader: RecordReader, source: Tokenizer, target: Tokenizer, texts: Sequence[str], dtype: str
-) -> tuple[VocabMap, Callable[[Record, EncodedDocument], AlignedDocument]]:
-    """The vocabulary map, and what aligns one document; a tokenizer with itself needs neither strings nor counts."""
-    name = options.vocabulary
-    if source.fingerprint == target.fingerprint:
-        name = name if name == "coarse" else "exact"
-    elif options.positions == "dtw":
-        parity = parity_of(name, source, target, reader, texts, batch=256)
-        return parity.vocab_map, partial(parity.align, dtype=dtype)
-    if name == "min_ed":
-        vocab_map = min_ed_vocabulary_map(source, target)
-    else:
-        vocab_map = vocabulary_map(name, source, target, first_bytes(texts, options.calibration_bytes))
-    opening = Opening(source, target, vocab_map) if name == "coarse" else None
-    conditioner = _conditioner(reader, source, target, vocab_map) if options.conditioned else None
-
-    def align_record(record: Record, encoded: EncodedDocument) -> AlignedDocument:
-        return align_document(
-            record.arrays,
-            encoded,
-            vocab_map,
-            n_bytes=int(record.header["n_bytes"]),
-            dtype=dtype,
-            exact=encoded.exact and record.header.get("exact", True),
-            doc_id=record.doc_id,
-            opening=opening,
-            conditioner=conditioner,
-            chain=options.chain,
-        )
-
-    return vocab_map, align_record
-
-
-def _conditioner(reader: RecordReader, source: Tokenizer, target: Tokenizer, vocab_map: VocabMap) -> Conditioner:
-    """Counts the source's tokens in all of its captured documents."""
-    counts = np.zeros(source.vocab_size, np.int64)
-    for record in reader:
-        counts += np.bincount(record.arrays["labels"], minlength=source.vocab_size)
-    return Conditioner(source, target, vocab_map, counts=counts)
 
 
 def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, name: str) -> None:

@@ -5,7 +5,8 @@ is: the partition is the identity (every target token is its own event), and a f
 mass on the next token (status 3). `loss.tail: renormalize` and `score: token_ce` complete the papers' recipe.
 
 `exact` and `min_ed` form distributions as FuseLLM does, `statistics` as FuseChat 2 does; that one aligns the corpus
-twice, once to count. Strings are spelled from bytes, so no table of tokenizer classes is needed.
+twice, once to count (the map that comes of it is kept in the user's cache). `reference_bugs` gives the released
+programs' defects back. Strings are spelled from bytes, so no table of tokenizer classes is needed.
 """
 
 __all__ = ["Parity", "min_ed_vocabulary_map", "parity_of"]
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusejax.alignment import AlignedDocument, report_document
+from fusejax.alignment import AlignedDocument, mask_target, report_document
 from fusejax.alignment.document import record_arrays
 from fusejax.alignment.parity import (
     PairCounter,
@@ -32,13 +33,18 @@ from fusejax.alignment.parity import (
     vocabulary_of_bytes,
 )
 from fusejax.alignment.parity.transform import ONE_HOT
+from fusejax.config import AlignConfig
+from fusejax.data.corpus import Document
+from fusejax.data.encoding import DocumentEncoder
 from fusejax.errors import InputError
+from fusejax.io.manifest import fingerprint_of
 from fusejax.io.maps import kept_map
 from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader
 from fusejax.io.tokenizers import EncodedDocument, Tokenizer
 from fusejax.types import Array, TopK, VocabMap
 
+BATCH = 256  # documents encoded at a time
 MAX_CELLS = 1 << 32  # of the dynamic program; a quarter byte each
 
 
@@ -51,14 +57,18 @@ class Parity(NamedTuple):
     literal: Array  # [V_s] int32
     table: Array  # [V_s] int32, the vocabulary map
     fusechat: bool
+    reference_bugs: bool = False
 
     @property
     def vocab_map(self) -> VocabMap:
         """The map as artefacts store it: every target token is its own symbol."""
         return VocabMap(self.table, np.arange(len(self.target.pieces), dtype=np.int32))
 
-    def align(self, source: Record, target: EncodedDocument, *, dtype: str) -> AlignedDocument:
-        """Aligns one captured document with its encoding by the target's tokenizer; returns the record (A3)."""
+    def align(self, source: Record, target: EncodedDocument, is_chat: bool = False, *, dtype: str) -> AlignedDocument:
+        """Aligns one captured document with its encoding by the target's tokenizer; returns the record (A3).
+
+        A conversation is aligned whole, as FuseChat does it; what is not trained is emptied afterwards.
+        """
         record, doc_id = source.arrays, source.doc_id
         if int(source.header["n_bytes"]) != target.n_bytes:
             raise InputError(
@@ -67,25 +77,28 @@ class Parity(NamedTuple):
             )
         stored = TopK(record["topk_ids"], record["topk_logprobs"], record["residual_logprob"])
         moved, status, index = self._distributions(stored, record["tokens"], target, doc_id)
-        realised = np.asarray(record["realised_logprob"])
+        arrays = record_arrays(record, target, moved, status, dtype)
+        rows = np.arange(len(target.tokens))
+        if target.spans is not None:
+            rows = np.flatnonzero(target.spans >= 0)
+            arrays = mask_target(arrays, target, record)
         report = report_document(
             record["labels"],
-            target.labels,
-            target.byte_ends,
-            index,
+            target.labels[rows],
+            target.byte_ends[rows],
+            index[rows],
             self.vocab_map,
-            status=status,
+            status=status[rows],
             n_bytes=target.n_bytes,
             exact=target.exact,
             doc_id=doc_id,
         )
-        arrays = record_arrays(record, target, moved, status, dtype)
         header = {
             "n_bytes": target.n_bytes,
-            "source_nll_nats": float(-realised.astype(np.float64).sum()),
+            "source_nll_nats": float(-arrays["source_realised"].astype(np.float64).sum()),
             "aligned": report.aligned,
             "dropped": report.dropped,
-            "one_hot": int((status == ONE_HOT).sum()),
+            "one_hot": int((status[rows] == ONE_HOT).sum()),
         }
         return AlignedDocument(header, arrays, report)
 
@@ -107,38 +120,60 @@ class Parity(NamedTuple):
             choice = choose_fusellm(
                 warp, tokens, target.tokens, self.source, self.target, self.table,
                 literal=self.literal, text_start=int(begun[0]) if begun.size else None,
+                reference_bugs=self.reference_bugs,
             )  # fmt: skip
-        moved, status = aligned_topk(stored, choice, self.table, target.labels, max_entries=stored.ids.shape[1])
+        # FuseLLM's program names the token just read where it should name the next one; FuseChat 2's does not.
+        named = target.tokens if self.reference_bugs and not self.fusechat else target.labels
+        options = {"max_entries": stored.ids.shape[1], "reference_bugs": self.reference_bugs}
+        moved, status = aligned_topk(stored, choice, self.table, named, **options)
         return moved, status, np.maximum(choice.source, -1)
 
 
 def parity_of(
-    vocabulary: str, source: Tokenizer, target: Tokenizer, reader: RecordReader, texts: Sequence[str], *, batch: int
+    options: AlignConfig,
+    source: Tokenizer,
+    target: DocumentEncoder,
+    reader: RecordReader,
+    documents: Sequence[Document],
+    *,
+    stops: tuple[int, int] | None = None,
 ) -> Parity:
     """Prepares the papers' alignment of a captured source.
 
     Args:
-      vocabulary: "exact", "min_ed" or "statistics".
-      source, target: the tokenizers.
-      reader: the captured records, in the order of `texts`; read for "statistics" only.
-      texts: the documents.
-      batch: documents encoded at a time.
+      options: `vocabulary` is "exact", "min_ed" or "statistics".
+      source: the source's tokenizer; target: what reads documents as the target does.
+      reader: the captured records, in the order of `documents`; read for "statistics" only.
+      documents: of the corpus.
+      stops: the ids that close a turn of a conversation on both sides, which are paired.
 
     Returns:
       What aligns its documents.
     """
-    ours, theirs = _spelled(source), _spelled(target)
+    ours, theirs = _spelled(source), _spelled(target.tokenizer)
     literal = literal_ids(ours, theirs)
-    fusechat = vocabulary == "statistics"
+    fusechat = options.vocabulary == "statistics"
     aligner = StringAligner(ours, theirs, generation="fusechat_v2" if fusechat else "fusellm")
-    if vocabulary == "min_ed":
-        table = min_ed_vocabulary_map(source, target).symbol_of_source
+    if options.vocabulary == "min_ed":
+        table = min_ed_vocabulary_map(source, target.tokenizer).symbol_of_source
     elif fusechat:
-        counts = _count(aligner, source, target, reader, texts, batch=batch)
-        table = np.where(literal >= 0, literal, statistics_map(counts, ours, theirs)).astype(np.int32)
+
+        def make() -> VocabMap:
+            counts = _count(aligner, source, target, reader, documents)
+            table = statistics_map(counts, ours, theirs, reference_bugs=options.reference_bugs)
+            table = np.where(literal >= 0, literal, table).astype(np.int32)
+            return VocabMap(table, np.arange(len(theirs.pieces), dtype=np.int32))
+
+        # Counting aligns the whole corpus, so its outcome is kept, by the corpus and by what reads it.
+        read = [reader.manifest.parents, reader.manifest.settings.get("chat_template"), target.fingerprint]
+        method = f"statistics-{fingerprint_of([*read, options.reference_bugs])[:16]}"
+        table = kept_map(method, source, target.tokenizer, make).symbol_of_source
     else:
         table = literal
-    return Parity(ours, theirs, aligner, literal, table, fusechat)
+    if stops is not None:
+        table = np.array(table, np.int32)
+        table[stops[0]] = stops[1]
+    return Parity(ours, theirs, aligner, literal, table, fusechat, options.reference_bugs)
 
 
 def min_ed_vocabulary_map(source: Tokenizer, target: Tokenizer) -> VocabMap:
@@ -164,16 +199,15 @@ def _spelled(tokenizer: Tokenizer) -> Vocabulary:
 def _count(
     aligner: StringAligner,
     source: Tokenizer,
-    target: Tokenizer,
+    target: DocumentEncoder,
     reader: RecordReader,
-    texts: Sequence[str],
-    *,
-    batch: int,
+    documents: Sequence[Document],
 ) -> PairCounts:
+    """Counts aligned pairs over the corpus, conversations whole."""
     counter = PairCounter(source.vocab_size)
-    with progress("count aligned pairs", total=len(texts), unit="documents") as bar:
-        for first in range(0, len(texts), batch):
-            part = texts[first : first + batch]
+    with progress("count aligned pairs", total=len(documents), unit="documents") as bar:
+        for first in range(0, len(documents), BATCH):
+            part = documents[first : first + BATCH]
             for index, encoded in enumerate(target.encode_batch(part), first):
                 record = reader[index]
                 tokens = record.arrays["tokens"]

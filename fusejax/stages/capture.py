@@ -1,6 +1,6 @@
 """capture: run every source over the training text and keep its top-k distributions (artefact A1)."""
 
-__all__ = ["capture", "capture_identity", "capture_settings", "describe"]
+__all__ = ["capture", "capture_identity", "capture_settings", "chat_settings", "describe"]
 
 import time
 from collections.abc import Callable, Mapping
@@ -61,7 +61,13 @@ def capture_settings(run: Run, ref: ModelRef, source: Source) -> dict[str, Any]:
         "compute_dtype": options.compute_dtype,
         "tokenizer": run.tokenizer(ref).fingerprint,
         "shard_size": _shard_size(run),
-    }
+    } | chat_settings(run, ref)
+
+
+def chat_settings(run: Run, ref: ModelRef, key: str = "chat_template") -> dict[str, str]:
+    """What identifies a model's chat template, where the corpus has conversations."""
+    template = run.encoder(ref).template
+    return {} if template is None else {key: template.fingerprint}
 
 
 def _shard_size(run: Run) -> int:
@@ -90,7 +96,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
     context, shard_size = settings["context"], settings["shard_size"]
     if done := finished(directory, kind="captured", settings=settings, parents=parents):
         return done
-    tokenizer = run.tokenizer(ref)
+    tokenizer, encoder = run.tokenizer(ref), run.encoder(ref)
     if note := probe_tokenizer(tokenizer):
         say(f"capture {name}: {note}")
     score, row_multiple = _open(run, ref, source, context=context)
@@ -105,7 +111,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
         bar.start_at(sum(_bytes(documents, s, shard_size) for s in shards if s not in set(missing)))
         for number in missing:
             shard = documents[number * shard_size : (number + 1) * shard_size]
-            encoded = tokenizer.encode_batch([document.text for document in shard])
+            encoded = encoder.encode_batch(shard)
             captured = capture_shard(
                 score,
                 encoded,

@@ -68,7 +68,7 @@ def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document]) -> i
         if seen > _SAMPLE_BYTES:
             break
     tokenizer = run.tokenizer(ref)
-    encoded = tokenizer.encode_batch([documents[index].text for index in sample])
+    encoded = run.encoder(ref).encode_batch([documents[index] for index in sample])
     rate = sum(len(found.tokens) for found in encoded) / max(seen, 1)
     options = run.config.capture
     return store_bytes(

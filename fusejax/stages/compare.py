@@ -6,7 +6,7 @@ The same text calibrates the coarse alphabet and is measured, as in a run, where
 __all__ = ["Comparison", "compare_tokenizers", "first_bytes", "vocabulary_map", "write_alignment_page"]
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +40,11 @@ class Comparison(NamedTuple):
     sources: list[EncodedDocument]
     targets: list[EncodedDocument]
     indices: list[Array]
-    openings: list[tuple[int, Array] | None]
+    openings: list[list[tuple[int, Array]]]
     vocab_map: VocabMap
 
 
-def first_bytes(texts: Sequence[str], limit: int) -> list[str]:
+def first_bytes(texts: Iterable[str], limit: int) -> list[str]:
     """Returns the first texts that are together at most `limit` bytes long."""
     kept, total = [], 0
     for text in texts:
@@ -88,7 +88,7 @@ def compare_tokenizers(source: Tokenizer, target: Tokenizer, texts: Sequence[str
     seconds = time.perf_counter() - start
     opening = Opening(source, target, vocab_map) if vocabulary == "coarse" else None
     openings = [
-        opening(a.labels, a.byte_ends, b.labels, b.byte_ends, index) if opening else None
+        opening(a.labels, a.byte_ends, b.labels, b.byte_ends, index) if opening else []
         for a, b, index in zip(sources, targets, indices, strict=True)
     ]
     reports = [

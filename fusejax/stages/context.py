@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusejax.config import FusionConfig, ModelRef, RunConfig, save_config
+from fusejax.data.chat import template_of
+from fusejax.data.encoding import DocumentEncoder
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, SCHEMA_VERSION, Manifest, fingerprint_of, read_manifest
 from fusejax.io.models import LoadedModel, model_fingerprint, open_model, resolve_model
@@ -107,6 +109,13 @@ class Run:
     def tokenizer(self, ref: ModelRef) -> Tokenizer:
         """Opens a model's tokenizer."""
         return self._tokenizers(self.model_path(ref))
+
+    def encoder(self, ref: ModelRef) -> DocumentEncoder:
+        """What reads the corpus' documents as a model does: its tokenizer, and its chat template where it needs one."""
+        corpus, tokenizer = self.config.corpus, self.tokenizer(ref)
+        if not corpus.has_chat:
+            return DocumentEncoder(tokenizer)
+        return DocumentEncoder(tokenizer, template_of(tokenizer, ref.chat_template or corpus.chat_template))
 
     @staticmethod
     def _open_model(path: Path, compute_dtype: str | None) -> LoadedModel:

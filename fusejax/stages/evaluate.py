@@ -3,7 +3,7 @@
 __all__ = ["command", "evaluate_run", "score_texts"]
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,23 +19,34 @@ from fusejax.io.manifest import MANIFEST, read_manifest, write_json
 from fusejax.io.models import resolve_model
 from fusejax.io.progress import progress
 from fusejax.io.store import Record, RecordReader, RecordWriter
-from fusejax.io.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from fusejax.io.tokenizers import EncodedDocument, Tokenizer, check_vocabulary, load_tokenizer
 from fusejax.report import markdown_table
 from fusejax.sources.open import Source, describe_source, open_source
-from fusejax.stages.capture import describe
+from fusejax.stages.capture import chat_settings, describe
 from fusejax.stages.command import Result, parser, positive_int
 from fusejax.stages.context import Run, finished
 
 
 def score_texts(
-    source: Source, tokenizer: Tokenizer, texts: Sequence[str], *, context: int, batch_tokens: int, label: str
+    source: Source,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    context: int,
+    batch_tokens: int,
+    label: str,
+    encoded: Mapping[str, EncodedDocument] | None = None,
 ) -> Evaluation:
-    """Scores every token of texts; [N] realised log-probabilities per document."""
+    """Scores every token of texts; [N] realised log-probabilities per document.
+
+    `encoded` says what stands for each text where that is not its plain encoding.
+    """
     if source.vocab_size is not None:
         check_vocabulary(tokenizer, source.vocab_size, str(source.directory))
     context = min(context, source.max_positions or context)
     score = open_source(source, top_k=0, valid_vocab=tokenizer.vocab_size, context=context)
-    encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    if encoded is None:
+        encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     total = sum(len(encoded[text].labels) for text in texts if text)
     with progress(f"evaluate {label}", total=total, unit="tokens") as bar:
         return evaluate_documents(
@@ -76,7 +87,7 @@ def _models(run: Run) -> dict[str, ModelRef]:
     for arm in arms:
         if not (run.model_dir(arm) / MANIFEST).is_file():
             raise InputError(f"{run.model_dir(arm)} is not there: run `fusejax train` and `fusejax merge` first")
-        found[arm] = ModelRef(model=str(run.model_dir(arm)), name=arm)
+        found[arm] = ModelRef(model=str(run.model_dir(arm)), name=arm, chat_template=config.target.chat_template)
     return found
 
 
@@ -84,14 +95,17 @@ def _evaluate_one(run: Run, name: str, ref: ModelRef, documents: Sequence[Docume
     """Scores the test split, or reads the scores of an earlier run of the same model."""
     options, source = run.config.evaluate, describe(run, ref)
     settings = {"split": "test", "context": options.context, "tokenizer": run.tokenizer(ref).fingerprint}
+    settings |= chat_settings(run, ref)
     parents = {"corpus": read_manifest(run.corpus_dir).fingerprint, "model": source.fingerprint}
     directory = run.directory / "scores" / name.replace(":", "-")
     if not finished(directory, kind="scores", settings=settings | {"shard_size": 256}, parents=parents):
         run.replace_stale(directory)
+        names = [document.id for document in documents]
         found = score_texts(
             source,
             run.tokenizer(ref),
-            [document.text for document in documents],
+            names,
+            encoded=dict(zip(names, run.encoder(ref).encode_batch(documents), strict=True)),
             context=options.context,
             batch_tokens=max(options.batch_tokens, options.context),
             label=name,

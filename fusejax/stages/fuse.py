@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax.alignment.parity.fusion import window_metric
+from fusejax.alignment.parity.fusion import min_ce_choice, rewards, window_metric
 from fusejax.config import FusionConfig
 from fusejax.distributions.weighing import (
     choose_min,
@@ -66,6 +66,7 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
         tables.append(np.arange(tables[0].size, dtype=tables[0].dtype))  # the chains' partition: every token alone
     if is_first():
         np.savez(directory / PARTITIONS, symbol_of_target=np.stack(tables))
+    bugs = bool(readers[0].manifest.settings.get("reference_bugs"))
     totals = np.zeros(2 + len(names), np.int64)  # positions, supervised ones, those of each source
     shards = -(-count // shard_size)
     with progress(f"fuse {fusion.name}", total=len(own_shards(range(shards))) * shard_size, unit="documents") as bar:
@@ -74,7 +75,7 @@ def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:
             writer.seek(number)
             for index in range(number * shard_size, min((number + 1) * shard_size, count)):
                 records = [reader[index] for reader in readers]
-                arrays = fuse_document(records, fusion)
+                arrays = fuse_document(records, fusion, reference_bugs=bugs)
                 totals += _counts(arrays, len(names))
                 if not made:  # the counts are made again, the record is not
                     writer.write(Record(records[0].doc_id, {"n_bytes": records[0].header["n_bytes"]}, arrays))
@@ -106,8 +107,13 @@ def load_partition(directory: Path) -> np.ndarray:
         return arrays["symbol_of_target"]
 
 
-def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, np.ndarray]:
-    """Returns the fused arrays of one document; see `docs/artefacts.md` (A4) for their shapes."""
+def fuse_document(
+    records: Sequence[Record], fusion: FusionConfig, *, reference_bugs: bool = False
+) -> dict[str, np.ndarray]:
+    """Returns the fused arrays of one document; see `docs/artefacts.md` (A4) for their shapes.
+
+    `reference_bugs` rounds scores as the papers' programs do, so that near sources tie and NaN wins.
+    """
     first = records[0].arrays
     for record in records[1:]:
         if record.doc_id != records[0].doc_id or len(record.arrays["tokens"]) != len(first["tokens"]):
@@ -119,7 +125,7 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
     reached = np.stack([record.arrays["status"] > 0 for record in records])  # [S, N]
     positions = np.arange(len(window))
     stacked = {field: _stacked([record.arrays[field] for record in records]) for field in _TARGET_FIELDS}
-    choice = choose_min(scores)[window]  # [N]
+    choice = (min_ce_choice(scores, reference_bugs=True) if reference_bugs else choose_min(scores))[window]  # [N]
     if fusion.method == "min_ce":
         fields = {field: array[choice, positions][:, None] for field, array in stacked.items()}
         partition = np.where(reached[choice, positions], choice, -1)[:, None]
@@ -127,7 +133,7 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
     else:
         fields = {field: np.moveaxis(array, 0, 1) for field, array in stacked.items()}
         partition = np.where(reached, np.arange(len(records))[:, None], -1).T
-        ranked = scores if fusion.reward == "score" else -np.exp(-scores)
+        ranked = scores if fusion.reward == "score" else -rewards(scores, reference_bugs=reference_bugs).astype(float)
         weights = softmin_weights(ranked, temperature=fusion.temperature)[:, window].T * (partition >= 0)
         weights = (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).astype(np.float32)
     fields |= {"partition": partition.astype(np.int32), "weights": weights}
@@ -136,7 +142,8 @@ def fuse_document(records: Sequence[Record], fusion: FusionConfig) -> dict[str, 
         chains = chains[choice, positions][:, None] if fusion.method == "min_ce" else chains.T
         fields = _with_chains(fields, chains, first["labels"], partition_row=len(records))
     kept = {name: first[name] for name in ("tokens", "labels", "byte_ends")}
-    return kept | fields | {"mask": np.ones(len(window), np.int8)}
+    mask = first["mask"] if "mask" in first else np.ones(len(window), np.int8)
+    return kept | fields | {"mask": mask}
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:

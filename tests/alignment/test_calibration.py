@@ -90,9 +90,8 @@ def test_the_opening_agrees_whichever_side_has_a_dummy_space(source, target, tex
     agreed = symbols == vocab_map.symbol_of_target[ours.labels]
     row = int(np.flatnonzero(ours.byte_ends == 0)[-1])
     assert agreed[row] or text[0] in "日"
-    if found is not None:
-        assert found[0] == row
-        table = found[1]
+    for place, table in found:
+        assert place == row
         # At the opening "The" and " The" are one thing, and the name of a token is its beginning.
         for surface, symbol in zip(source.token_bytes, table, strict=True):
             if surface and symbol >= 0:
@@ -107,8 +106,8 @@ def test_no_opening_where_both_sides_begin_alike():
         theirs, ours = source.encode("The castle"), target.encode("The castle")
         index = align_positions(theirs.byte_ends, ours.byte_ends)
         opening = Opening(source, target, coarse_map(source, target))
-        assert opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, index) is None
-    assert opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, np.full(len(index), -1)) is None
+        assert opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, index) == []
+    assert opening(theirs.labels, theirs.byte_ends, ours.labels, ours.byte_ends, np.full(len(index), -1)) == []
 
 
 def test_the_first_distribution_of_a_document_is_renamed():

@@ -87,7 +87,7 @@ def test_fusellm_alignment(pair):
         for kind, vocab_map in (("soft", table), ("hard", literal)):
             choice = choose_fusellm(
                 found, sample["src_ids"], sample["base_ids"], source, target, vocab_map,
-                literal=literal, text_start=start,
+                literal=literal, text_start=start, reference_bugs=True,
             )  # fmt: skip
             made = aligned_logits(ids, logits, choice, vocab_map, sample["base_ids"], generation="fusellm")
             wanted = sample[kind]

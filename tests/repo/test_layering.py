@@ -44,7 +44,7 @@ FENCES = {
     "pyarrow": ("fusejax.data",),
     "grain": ("fusejax.data",),
     "safetensors": ("fusejax.io.hf",),
-    "array_record": ("fusejax.io.store",),
+    "array_record": ("fusejax.io.store", "fusejax.io.array_records"),
     "pydantic": ("fusejax.config", "fusejax.cli"),
     "tyro": ("fusejax.cli", "fusejax.stages"),
     "matplotlib": ("fusejax.report",),

@@ -2,7 +2,9 @@
 
 Given the source positions J beside target position i (whose own token is b):
 
-* FuseLLM: one source token, accepted if its string, mapped, is b. Several: fallback.
+* FuseLLM: one source token, accepted if its string, mapped, is b. Several: fallback. Of several target tokens that
+  together spell one source token, the last has read what it says and receives its distribution; the program gives
+  them all the fallback (`reference_bugs`).
 * FuseChat 1: one, accepted if it contains b. Several: the piece that equals b, else one that contains it, else the
   mixture of the pieces that cover b from left to right.
 * FuseChat 2, on decoded strings: one, accepted if either ends with the other. Several: the first such piece, else
@@ -10,7 +12,7 @@ Given the source positions J beside target position i (whose own token is b):
   occur: then the last piece does.)
 
 Not accepted is a *fallback*: all mass on one token. Several target positions beside one source token (n-1) are
-1-1 matches that seldom pass.
+1-1 matches that seldom pass otherwise; FuseChat's tests on the ends of strings let the last one pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ class Choice(NamedTuple):
 
 def choose_fusellm(
     warp: Warp, source_ids: Array, target_ids: Array, source: Vocabulary, target: Vocabulary, table: Array,
-    *, literal: Array | None = None, text_start: int | None = None,
+    *, literal: Array | None = None, text_start: int | None = None, reference_bugs: bool = False,
 ) -> Choice:  # fmt: skip
     """FuseLLM's rule; with `table = literal` it is exact match ("hard"), with `min_ed_map` the soft one.
 
@@ -48,6 +50,7 @@ def choose_fusellm(
       literal: [V_s] int32, `literal_ids` of the vocabularies, where it is known.
       text_start: target position of the text's first token, where the target writes a word start that the source
         leaves out; None: no such rule.
+      reference_bugs: the last of several target tokens that spell a source token gets the fallback too.
 
     Returns:
       The choice; no position is empty or mixed.
@@ -59,7 +62,25 @@ def choose_fusellm(
     if text_start is not None and warp.first[text_start] == warp.last[text_start]:
         begun = _word_begun(source.pieces[read[text_start]] or "", target_ids[text_start], source, target, table)
         accepted[text_start] = accepted[text_start] if begun is None else begun
+    if not reference_bugs:
+        accepted = accepted | _spelling_last(warp, source_ids, target_ids, source, target)
     return Choice(np.where(accepted & (warp.first == warp.last), warp.first, FALLBACK).astype(np.int32), {})
+
+
+def _spelling_last(warp: Warp, source_ids: Array, target_ids: Array, source: Vocabulary, target: Vocabulary) -> Array:
+    """The last of several target positions beside one source token whose strings together are its string, [T] bool."""
+    found = np.zeros(len(target_ids), bool)
+    alone = warp.first == warp.last
+    shared = alone[:-1] & alone[1:] & (warp.first[:-1] == warp.first[1:])  # with the next position
+    starts = np.flatnonzero(shared & ~np.concatenate([[False], shared[:-1]])) if len(shared) else []
+    for start in starts:
+        stop = start + 1
+        while stop < len(shared) and shared[stop]:
+            stop += 1
+        spelled = "".join(target.pieces[index] or "" for index in target_ids[start : stop + 1])
+        wanted = (source.pieces[source_ids[warp.first[start]]] or "").replace(source.marker, "")
+        found[stop] = bool(wanted) and spelled.replace(target.marker, "") == wanted
+    return found
 
 
 def choose_exact(

@@ -1,7 +1,8 @@
 """Distributions at the target's positions, in the target's vocabulary, from a choice of source positions.
 
 `aligned_topk` is what training uses: entries that meet in one target token are summed, what has no target token joins
-the residual, and a fallback puts all mass on the *next* token, which is what the position predicts.
+the residual, and a fallback puts all mass on the *next* token, which is what the position predicts. With
+`reference_bugs` the first of entries that meet is kept and what the others had joins the residual.
 
 `aligned_logits` is the released programs' to the digit (`reference_bugs`): of entries that meet the first is kept and
 the others are dropped, logits are not normalised, and FuseLLM and FuseChat 1 put the fallback on the token that the
@@ -23,7 +24,13 @@ ONE_HOT = 3  # status of a fallback position, beside those of `fusejax.alignment
 
 
 def aligned_topk(
-    source: TopK, choice: Choice, table: Array, labels: Array, *, max_entries: int | None = None
+    source: TopK,
+    choice: Choice,
+    table: Array,
+    labels: Array,
+    *,
+    max_entries: int | None = None,
+    reference_bugs: bool = False,
 ) -> tuple[TopK, Array]:
     """Forms the distributions, the programs' defects mended.
 
@@ -31,13 +38,16 @@ def aligned_topk(
       source: `ids [n, K]`, `logprobs [n, K]`, `residual_logprob [n]` of the source positions.
       choice: for each of T target positions.
       table: [V_s] int32, the vocabulary map.
-      labels: [T] int, the next token of each target position.
+      labels: [T] int, the next token of each target position; what a fallback names.
       max_entries: entries kept per position; None: K.
+      reference_bugs: of entries that meet in one target token the first is kept, not their sum. (FuseLLM's other
+        defect here, a fallback on the token just read, is had by giving these as `labels`.)
 
     Returns:
       (TopK over target tokens, [T, K] and [T]; status [T] int8: 0 none, 1 aligned, 3 fallback).
     """
     vocab_map = VocabMap(table, np.zeros(0, np.int32))
+    source = _first_of_equals(source, table) if reference_bugs else source
     moved = transport(_mixed(source, choice), _extended(choice, len(source.ids)), vocab_map, max_entries=max_entries)
     one_hot = np.flatnonzero(choice.source == FALLBACK)
     moved.ids[one_hot, 0] = np.asarray(labels)[one_hot]
@@ -93,6 +103,19 @@ def _max_merged(mapped: Array, logits: Array, new: Array, pieces: list[int], cou
         for token, value in scaled:
             best[token] = max(best.get(token, -np.inf), value * weight)
     return best
+
+
+def _first_of_equals(source: TopK, table: Array) -> TopK:
+    """The source without entries whose target token an earlier entry has; their mass joins the residual."""
+    ids, logprobs = np.asarray(source.ids), np.asarray(source.logprobs, np.float32)
+    mapped = np.where(ids >= 0, table[np.maximum(ids, 0)], -1)
+    later = np.zeros(ids.shape, bool)
+    for k in range(1, ids.shape[1]):
+        later[:, k] = (mapped[:, k] >= 0) & (mapped[:, :k] == mapped[:, k : k + 1]).any(axis=1)
+    dropped = np.where(later, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        residual = np.log(np.exp(np.asarray(source.residual_logprob, np.float64)) + dropped)
+    return TopK(np.where(later, -1, ids), np.where(later, -np.inf, logprobs), residual.astype(np.float32))
 
 
 def _mixed(source: TopK, choice: Choice) -> TopK:
