@@ -17,12 +17,14 @@ what `write_corpus` returns).
 __all__ = [
     "CorpusReader",
     "Document",
+    "SplitWriter",
     "corpus_fingerprint",
     "cut_documents",
     "dedupe",
     "read_corpus",
     "split_documents",
     "split_long",
+    "split_of",
     "write_corpus",
 ]
 
@@ -41,7 +43,7 @@ from fusejax.data.spans import Spans, Turn, clip_spans, layout_json, parse_layou
 from fusejax.errors import InputError, nearest
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "domain", "origin", "layout")])
-_BATCH_BYTES = 1 << 24
+_BATCH_BYTES = 1 << 22
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n+")
 _LINE = re.compile(r"\n")
@@ -83,6 +85,11 @@ class Document:
     def layout(self) -> str:
         """Spans and turns as they are stored."""
         return layout_json(self.spans, self.turns)
+
+    @property
+    def content_key(self) -> int:
+        """The same number for documents whose texts are equal up to white space and train the same bytes."""
+        return xxhash.xxh3_128_intdigest((" ".join(self.text.split()) + self.layout).encode())
 
     @property
     def split_key(self) -> str:
@@ -160,8 +167,7 @@ def dedupe(documents: Iterable[Document], *, on_drop: Callable[[Document], None]
     """
     seen: set[int] = set()
     for document in documents:
-        key = xxhash.xxh3_128_intdigest((" ".join(document.text.split()) + document.layout).encode())
-        if key not in seen:
+        if (key := document.content_key) not in seen:
             seen.add(key)
             yield document
         elif on_drop is not None:
@@ -182,13 +188,18 @@ def split_documents(
     Returns:
       The three lists, each in the order of the input.
     """
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
     if valid < 0 or test < 0 or valid + test >= 1:
         raise InputError(f"the shares valid={valid} and test={test} must be >= 0 with a sum below 1, or train is empty")
-    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
     for document in documents:
-        draw = xxhash.xxh3_64_intdigest(document.split_key.encode(), seed=seed) / 2**64
-        splits["test" if draw < test else "valid" if draw < test + valid else "train"].append(document)
+        splits[split_of(document, valid=valid, test=test, seed=seed)].append(document)
     return splits
+
+
+def split_of(document: Document, *, valid: float, test: float, seed: int) -> str:
+    """Returns the split of one document; see `split_documents`."""
+    draw = xxhash.xxh3_64_intdigest(document.split_key.encode(), seed=seed) / 2**64
+    return "test" if draw < test else "valid" if draw < test + valid else "train"
 
 
 def corpus_fingerprint(documents: Iterable[Document]) -> str:
@@ -207,6 +218,83 @@ def _update(state: Any, document: Document) -> None:
         state.update(data)
 
 
+class SplitWriter:
+    """Writes the documents of one split, a batch of them in memory; the file is complete or absent.
+
+    Used as a context manager; `facts` are known when it has ended without an error.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], name: str):
+        if not _SPLIT_NAME.fullmatch(name):
+            raise InputError(f"the split name {name!r} cannot be a file name: use letters, digits, '-' and '_'")
+        self.path = Path(directory) / f"{name}.arrow"
+        self.facts: dict[str, Any] = {}
+        self.count = 0
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._state, self._domains, self._ids = xxhash.xxh3_128(), {}, set()
+        self._batch: list[Document] = []
+        self._batch_bytes = 0
+
+    def __enter__(self) -> "SplitWriter":
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, _SCHEMA)
+        return self
+
+    def add(self, document: Document) -> None:
+        """Adds a document, whose id no other of the split may have; its text and its spans may not be empty."""
+        key = xxhash.xxh3_128_intdigest(document.id.encode())  # a corpus has more ids than memory should hold
+        if key in self._ids:
+            raise InputError(f"two documents have the id {document.id!r}: ids must be unique within a split")
+        if not document.text:
+            raise InputError(f"document {document.id!r} is empty: leave it out before the corpus is written")
+        if document.spans == ():
+            raise InputError(
+                f"document {document.id!r} has no trained bytes: leave it out before the corpus is written"
+            )
+        self._ids.add(key)
+        size = document.n_bytes
+        entry = self._domains.setdefault(document.domain, {"documents": 0, "bytes": 0})
+        entry["documents"] += 1
+        entry["bytes"] += size
+        if document.spans is not None:
+            entry["trained_bytes"] = entry.get("trained_bytes", 0) + document.trained_bytes
+        _update(self._state, document)
+        self._batch.append(document)
+        self._batch_bytes += size
+        self.count += 1
+        if self._batch_bytes >= _BATCH_BYTES:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        if self._batch:
+            columns = [pa.array([getattr(d, name) for d in self._batch], pa.string()) for name in _SCHEMA.names]
+            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        self._batch, self._batch_bytes = [], 0
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._write_batch()
+            self._writer.close()
+            self._sink.close()
+            if kind is None:
+                os.replace(self._temporary, self.path)
+                self.facts = self._facts()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "file": self.path.name,
+            "documents": self.count,
+            "bytes": sum(entry["bytes"] for entry in self._domains.values()),
+            "file_bytes": self.path.stat().st_size,
+            "checksum": _file_checksum(self.path),
+            "fingerprint": self._state.hexdigest(),
+            "domains": {name: self._domains[name] for name in sorted(self._domains)},
+        }
+
+
 def write_corpus(directory: str | os.PathLike[str], splits: Mapping[str, Iterable[Document]]) -> dict[str, Any]:
     """Writes each split as `<directory>/<split>.arrow`; a split is complete or absent.
 
@@ -220,66 +308,12 @@ def write_corpus(directory: str | os.PathLike[str], splits: Mapping[str, Iterabl
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    for name in splits:
-        if not _SPLIT_NAME.fullmatch(name):
-            raise InputError(f"the split name {name!r} cannot be a file name: use letters, digits, '-' and '_'")
-    return {name: _write_split(root / f"{name}.arrow", documents) for name, documents in splits.items()}
-
-
-def _write_split(path: Path, documents: Iterable[Document]) -> dict[str, Any]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state, domains, ids = xxhash.xxh3_128(), {}, set()
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            for batch in _batches(_checked(documents, ids, domains, state)):
-                columns = [pa.array([getattr(d, name) for d in batch], pa.string()) for name in _SCHEMA.names]
-                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {
-        "file": path.name,
-        "documents": len(ids),
-        "bytes": sum(entry["bytes"] for entry in domains.values()),
-        "file_bytes": path.stat().st_size,
-        "checksum": _file_checksum(path),
-        "fingerprint": state.hexdigest(),
-        "domains": {name: domains[name] for name in sorted(domains)},
-    }
-
-
-def _checked(documents: Iterable[Document], ids: set[str], domains: dict, state: Any) -> Iterator[Document]:
-    """Passes documents on while counting and hashing them; refuses repeated ids and empty texts."""
-    for document in documents:
-        if document.id in ids:
-            raise InputError(f"two documents have the id {document.id!r}: ids must be unique within a split")
-        if not document.text:
-            raise InputError(f"document {document.id!r} is empty: leave it out before the corpus is written")
-        if document.spans == ():
-            raise InputError(
-                f"document {document.id!r} has no trained bytes: leave it out before the corpus is written"
-            )
-        ids.add(document.id)
-        entry = domains.setdefault(document.domain, {"documents": 0, "bytes": 0})
-        entry["documents"] += 1
-        entry["bytes"] += document.n_bytes
-        if document.spans is not None:
-            entry["trained_bytes"] = entry.get("trained_bytes", 0) + document.trained_bytes
-        _update(state, document)
-        yield document
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.n_bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    writers = {name: SplitWriter(root, name) for name in splits}
+    for name, documents in splits.items():
+        with writers[name] as writer:
+            for document in documents:
+                writer.add(document)
+    return {name: writer.facts for name, writer in writers.items()}
 
 
 def _file_checksum(path: Path) -> str:

@@ -1,12 +1,24 @@
 """prepare: read documents, cut long ones, drop duplicates, split, and keep them as artefact A0."""
 
-__all__ = ["EMBEDDED", "corpus_from_documents", "embedded_documents", "prepare", "sample_documents"]
+__all__ = [
+    "EMBEDDED",
+    "Sample",
+    "corpus_from_documents",
+    "embedded_documents",
+    "prepare",
+    "read_source",
+    "read_text",
+    "sample_documents",
+    "select",
+]
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +26,11 @@ from typing import Any
 import xxhash
 
 from fusejax.config import CorpusConfig, TextSource
-from fusejax.data.corpus import Document, cut_documents, dedupe, read_corpus, split_documents, write_corpus
+from fusejax.data.corpus import CorpusReader, Document, SplitWriter, cut_documents, split_of, write_corpus
 from fusejax.data.embedded import embedded_corpus
-from fusejax.data.readers import read_documents
+from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
-from fusejax.io.manifest import MANIFEST, Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
+from fusejax.io.manifest import Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
 from fusejax.io.progress import say
 from fusejax.stages.context import Run, finished
 
@@ -33,18 +45,15 @@ def prepare(run: Run) -> Manifest:
     if done:
         return done
     run.replace_stale(run.corpus_dir)
-    return corpus_from_documents(run.corpus_dir, _read_all(corpus), corpus, seed=run.config.seed, settings=settings)
+    return corpus_from_documents(run.corpus_dir, read_text(corpus), corpus, seed=run.config.seed, settings=settings)
 
 
-def planned_documents(run: Run) -> Sequence[Document]:
-    """The training documents that `prepare` keeps, or would keep, without writing anything."""
-    if (run.corpus_dir / MANIFEST).is_file():
-        return read_corpus(run.corpus_dir, "train")
-    return _select(_read_all(run.config.corpus), run.config.corpus, seed=run.config.seed)[0]["train"]
-
-
-def _read_all(corpus: CorpusConfig) -> dict[str, list[Document]]:
-    return {name: _read(getattr(corpus, name)) for name in ("train", "valid", "test")}
+def read_text(
+    corpus: CorpusConfig, *, open_source: Callable[[TextSource], Iterator[Document]] | None = None
+) -> dict[str, Iterator[Document]]:
+    """The documents of each split as a configuration gives them, read when they are asked for."""
+    names = ("train", "valid", "test")
+    return {name: _read(getattr(corpus, name), open_source or read_source) for name in names}
 
 
 def corpus_from_documents(
@@ -55,79 +64,104 @@ def corpus_from_documents(
     seed: int,
     settings: Mapping[str, Any],
 ) -> Manifest:
-    """Cuts, de-duplicates, splits and writes documents given per split; empty valid or test come from train."""
-    cut, dropped = _select(documents, corpus, seed=seed)
+    """Cuts, de-duplicates, splits and writes documents given per split; empty valid or test come from train.
+
+    Documents are read once, and a batch of them is held at a time; of the others, hashes.
+    """
+    caps = {"train": corpus.max_train_bytes, "valid": corpus.max_eval_bytes, "test": corpus.max_eval_bytes}
+    dropped: list[int] = [0]
     with atomic_directory(directory) as temporary:
-        facts = write_corpus(temporary, cut)
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(SplitWriter(temporary, name if cap is None else f"{name}-uncapped"))
+                for name, cap in caps.items()
+            }
+            samples = {name: Sample(cap) for name, cap in caps.items() if cap is not None}
+            for name, document in select(documents, corpus, seed=seed, dropped=dropped):
+                writers[name].add(document)
+                if name in samples:
+                    samples[name].add(document)
+        facts = {name: writers[name].facts for name in caps}
+        for name, sample in samples.items():
+            kept = sample.kept()
+            found = (d for d, keep in zip(CorpusReader(writers[name].path), kept, strict=True) if keep)
+            facts |= write_corpus(temporary, {name: found})
+            writers[name].path.unlink()
+        _refuse_empty(facts, {name: writer.count for name, writer in writers.items()})
         manifest = write_manifest(
-            temporary, kind="corpus", settings=settings, facts={"splits": facts, "duplicates": dropped}
+            temporary, kind="corpus", settings=settings, facts={"splits": facts, "duplicates": dropped[0]}
         )
     sizes = ", ".join(f"{name} {f['documents']} documents {f['bytes'] / 1e6:.2f} MB" for name, f in facts.items())
-    say(f"corpus: {sizes}; {dropped} duplicates dropped")
+    say(f"corpus: {sizes}; {dropped[0]} duplicates dropped")
     return manifest
 
 
-def _select(
-    documents: Mapping[str, Iterable[Document]], corpus: CorpusConfig, *, seed: int
-) -> tuple[dict[str, list[Document]], int]:
-    """The documents of each split, and how many duplicates were dropped."""
-    dropped = 0
+def select(
+    documents: Mapping[str, Iterable[Document]], corpus: CorpusConfig, *, seed: int, dropped: list[int]
+) -> Iterator[tuple[str, Document]]:
+    """Yields (split, piece) of all documents; adds the number of duplicates to `dropped[0]`.
 
-    def count(_: Document) -> None:
-        nonlocal dropped
-        dropped += 1
+    Held-out documents go first, so that a duplicate in train is the one that is dropped, and so that it is known
+    whether there are any before train is split.
+    """
+    seen: set[int] = set()
+    count = {"test": 0, "valid": 0, "train": 0}
+    for given in count:
+        shares = {
+            "valid": 0.0 if count["valid"] else corpus.valid_fraction,
+            "test": 0.0 if count["test"] else corpus.test_fraction,
+        }
+        for document in documents[given]:
+            if not document.text:
+                continue
+            if (key := document.content_key) in seen:
+                dropped[0] += 1
+                continue
+            seen.add(key)
+            count[given] += 1
+            name = split_of(document, **shares, seed=seed) if given == "train" else given
+            for piece in cut_documents([document], max_bytes=corpus.max_document_bytes):
+                yield name, piece
 
-    # Held-out documents go first, so that a duplicate in train is the one that is dropped.
-    given = [(name, d) for name in ("test", "valid", "train") for d in documents[name] if d.text]
-    owner = {id(d): name for name, d in given}
-    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
-    for document in dedupe([d for _, d in given], on_drop=count):
-        splits[owner[id(document)]].append(document)
-    missing_valid, missing_test = not splits["valid"], not splits["test"]
-    if missing_valid or missing_test:
-        drawn = split_documents(
-            splits["train"],
-            valid=corpus.valid_fraction if missing_valid else 0.0,
-            test=corpus.test_fraction if missing_test else 0.0,
-            seed=seed,
-        )
-        splits = {name: drawn[name] if drawn[name] else splits[name] for name in splits} | {"train": drawn["train"]}
-    caps = {"train": corpus.max_train_bytes, "valid": corpus.max_eval_bytes, "test": corpus.max_eval_bytes}
-    cut = {
-        name: _capped(list(cut_documents(found, max_bytes=corpus.max_document_bytes)), caps[name])
-        for name, found in splits.items()
-    }
+
+def _refuse_empty(facts: Mapping[str, Mapping[str, Any]], uncapped: Mapping[str, int]) -> None:
     for name in ("train", "test"):
-        if not cut[name]:
-            counts = ", ".join(f"{len(found)} in {split}" for split, found in splits.items())
+        if not facts[name]["documents"]:
+            counts = ", ".join(f"{count} in {split}" for split, count in uncapped.items())
             raise InputError(
                 f"the {name} split is empty (documents before the caps in bytes: {counts}). Give more documents in "
                 "`corpus.train`, `corpus.test` of its own, or larger `max_train_bytes` and `max_eval_bytes`"
             )
-    return cut, dropped
 
 
-def _read(sources: Iterable[TextSource]) -> list[Document]:
-    found: list[Document] = []
-    taken: set[str] = set()
+def _read(sources: Sequence[TextSource], open_source: Callable[[TextSource], Iterator[Document]]) -> Iterator[Document]:
+    domains = [source.domain for source in sources]
+    taken: set[int] = set()
     for number, source in enumerate(sources):
         if source.path == EMBEDDED:
-            found += itertools.chain.from_iterable(embedded_documents(source.limit_bytes).values())
+            yield from itertools.chain.from_iterable(embedded_documents(source.limit_bytes).values())
             continue
-        documents = read_documents(
-            source.path,
-            format=source.format,
-            text_field=source.text_field,
-            split=source.split,
-            limit=source.limit,
-        )
-        for document in documents:
+        several = domains.count(source.domain) > 1
+        for document in open_source(source):
             # Ids are unique within a source; its domain, else also its number, makes them so within the corpus.
             name = f"{source.domain}/{document.id}"
-            name = f"{source.domain}:{number}/{document.id}" if name in taken else name
-            taken.add(name)
-            found.append(dataclasses.replace(document, id=name, domain=source.domain))
-    return found
+            if several:
+                key = xxhash.xxh3_128_intdigest(name.encode())
+                name = f"{source.domain}:{number}/{document.id}" if key in taken else name
+                taken.add(key)
+            yield dataclasses.replace(document, id=name, domain=source.domain)
+
+
+def read_source(source: TextSource, counts: ReadCounts | None = None) -> Iterator[Document]:
+    """The documents of one source, as it holds them."""
+    return read_documents(
+        source.path,
+        format=source.format,
+        text_field=source.text_field,
+        split=source.split,
+        limit=source.limit,
+        counts=counts,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -166,18 +200,32 @@ def _installation() -> str:
 
 def sample_documents(documents: Iterable[Document]) -> list[Document]:
     """Orders documents by a hash of their ids: a first part of them is a sample that spreads over all."""
-    return sorted(documents, key=lambda d: (xxhash.xxh3_64_intdigest(d.id.encode(), seed=1), d.id))
+    return sorted(documents, key=lambda d: (_rank(d), d.id))
 
 
-def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
-    """Keeps a sample of up to `max_bytes` of text of each domain, in the order given."""
-    if max_bytes is None:
-        return documents
-    used: dict[str, int] = {}
-    kept = set()
-    for document in sample_documents(documents):
-        size = used.get(document.domain, 0) + document.n_bytes
-        if size <= max_bytes:
-            used[document.domain] = size
-            kept.add(document.id)
-    return [document for document in documents if document.id in kept]
+class Sample:
+    """Which of the documents of a split are kept: up to a number of bytes of each domain, spread over all."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._ranks, self._sizes, self._domains = array("Q"), array("Q"), array("I")
+        self._numbers: dict[str, int] = {}  # of the domains
+
+    def add(self, document: Document) -> None:
+        """Counts a document, in the order of the split."""
+        self._ranks.append(_rank(document))
+        self._sizes.append(document.n_bytes)
+        self._domains.append(self._numbers.setdefault(document.domain, len(self._numbers)))
+
+    def kept(self) -> list[bool]:
+        """Whether each document is kept."""
+        used, kept = [0] * len(self._numbers), [False] * len(self._ranks)
+        for index in sorted(range(len(self._ranks)), key=self._ranks.__getitem__):
+            size = used[self._domains[index]] + self._sizes[index]
+            if size <= self._max_bytes:
+                used[self._domains[index]], kept[index] = size, True
+        return kept
+
+
+def _rank(document: Document) -> int:
+    return xxhash.xxh3_64_intdigest(document.id.encode(), seed=1)

@@ -19,12 +19,13 @@ from fusejax.stages.capture_size import predicted_bytes
 from fusejax.stages.command import Result, parse_config
 from fusejax.stages.context import Run
 from fusejax.stages.convert import export_run
+from fusejax.stages.corpus_size import planned_text
 from fusejax.stages.evaluate import evaluate_run
 from fusejax.stages.fuse import fuse
 from fusejax.stages.lock import exclusive
 from fusejax.stages.merge import merge_run
 from fusejax.stages.preflight import check_before
-from fusejax.stages.prepare import planned_documents, prepare
+from fusejax.stages.prepare import prepare
 from fusejax.stages.report import report_run
 from fusejax.stages.together import meet
 from fusejax.stages.train import train
@@ -121,14 +122,15 @@ def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
     """Checks what can be checked without weights and says what would be done."""
     run = Run(config)
     steps: list[tuple[str, str]] = []
-    documents = planned_documents(run) if "capture" in names else ()
+    text = planned_text(run) if "capture" in names else None
     sizes = {}
     for name, ref in run.participants.items():
         found = run.model_path(ref)
         tokenizer = run.tokenizer(ref)
-        if "capture" in names:
-            sizes[name] = predicted_bytes(run, ref, documents)
-        predicted = f", about {sizes[name] / 1e6:.1f} MB" if name in sizes else ""
+        predicted = ""
+        if text is not None:
+            sizes[name] = round(predicted_bytes(run, ref, text.documents) * text.scale)
+            predicted = f", about {sizes[name] / 1e6:.1f} MB" + text.note
         what = f"{name}: {found}, {tokenizer.vocab_size} tokens{predicted} -> {run.captured_dir(name)}"
         steps.append(("capture", what))
         steps.append(("align", f"{name}: {config.align.vocabulary} symbols -> {run.aligned_dir(name)}"))
@@ -155,4 +157,6 @@ def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
         lines.append(f"the captures need about {sum(sizes.values()) / 1e9:.1f} GB: more than is free")
     plan = [{"stage": s, "what": w} for s, w in wanted]
     data = {"dry_run": plan, "disk_free_bytes": free, "predicted_capture_bytes": sizes}
+    if text is not None:
+        data |= {"sampled": not text.exact}
     return Result(data, "\n".join(lines))

@@ -16,8 +16,8 @@ from fusejax.sources.capture import capture_shard
 from fusejax.sources.open import jax_score
 from fusejax.stages.capture_size import predicted_bytes, store_bytes
 from fusejax.stages.context import Run
+from fusejax.stages.corpus_size import planned_text
 from fusejax.stages.inspect import command as inspect
-from fusejax.stages.prepare import planned_documents
 from fusejax.stages.run import command, run_stages
 from tests.stages.tiny import make_config, make_model, texts
 
@@ -28,7 +28,9 @@ def material(tmp_path_factory):
     root = tmp_path_factory.mktemp("capture")
     config = make_config(root, sources=[str(root / "b")], fusions=[{"name": "fused"}], merge=None)
     run = Run(config)
-    before = planned_documents(run)
+    planned = planned_text(run)
+    assert (planned.scale, planned.exact, planned.note) == (1.0, True, "")
+    before = planned.documents
     size = predicted_bytes(run, config.sources[0], before)
     run_stages(config, ("prepare", "capture"))
     return config, before, size
@@ -59,7 +61,7 @@ def test_the_size_is_predicted_within_a_tenth(material):
     made = sum(path.stat().st_size for path in directory.glob("*.array_record"))
     assert abs(size / made - 1) < 0.1
     assert [d.id for d in before] == [record.doc_id for record in RecordReader(directory)]
-    assert [d.id for d in planned_documents(run)] == [d.id for d in before]
+    assert [d.id for d in planned_text(run).documents] == [d.id for d in before]
 
 
 def test_the_dry_run_says_the_size(material, tmp_path):
