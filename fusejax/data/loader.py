@@ -1,9 +1,9 @@
 """From records of documents to training batches: a function of the step, and nothing that must be kept in order.
 
 `loader.batch(step)` is pure in (records, options, step): the rows of epoch 0, then those of epoch 1 and so on form
-one line, and step n takes rows [n * batch_size, (n + 1) * batch_size). Resuming is therefore one number, and host
-h of H builds rows [h, h + 1) * batch_size / H of the same global batch, whatever H is. The rows left over at the
-end fill the last batch up with padding; nothing is dropped, nothing is repeated.
+one line, and step n takes rows [n * batch_size, (n + 1) * batch_size). Resuming is therefore one number, and of
+several processes each builds the rows that its devices hold of the same global batch, and reads no other documents.
+The rows left over at the end fill the last batch up with padding; nothing is dropped, nothing is repeated.
 
 Records without targets (captured documents, plain tokens) give batches for the causal LM loss alone: K = 1, M = 1,
 every `partition` -1. Arrays are decoded once and kept in memory until `cache_bytes` are used; what does not fit is
@@ -14,7 +14,7 @@ many documents, and an index function needs neither worker processes nor a state
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol
@@ -44,17 +44,17 @@ class FusionLoader:
     Args:
         reader: records with arrays tokens, labels [N]; optionally mask [N] (all ones where absent) and the fused
             targets ids, logprobs [N, M, K], residual_logprob, partition, weights [N, M]; all with one M and K.
-        batch_size: rows of the global batch, a multiple of `host_count`.
+        batch_size: rows of the global batch.
         seq_len: positions in a row.
         seed: orders the documents; epochs: passes over the documents.
         packed: False gives each document its own rows.
         use_targets: False leaves the targets out (the causal LM baseline sees the same rows).
-        host_index, host_count: which share of each global batch this process builds.
+        rows: which rows of each global batch this process builds, ascending; all by default.
         lengths: [documents] predicting positions, where known; else read from the reader's `lengths` or records.
         cache_bytes: decoded records kept in memory; prefetch: batches built ahead by a thread (0: none).
 
     Raises:
-        InputError: a batch size that hosts do not divide, no trainable document, or records that disagree.
+        InputError: rows that a batch does not have, no trainable document, or records that disagree.
     """
 
     def __init__(
@@ -67,19 +67,16 @@ class FusionLoader:
         epochs: int = 1,
         packed: bool = True,
         use_targets: bool = True,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
         lengths: np.ndarray | None = None,
         cache_bytes: int = 512 << 20,
         prefetch: int = 2,
     ):
         if batch_size < 1 or epochs < 1:
             raise InputError(f"batch_size and epochs must be at least 1; got {batch_size} and {epochs}.")
-        if batch_size % host_count or not 0 <= host_index < host_count:
-            raise InputError(
-                f"batch_size {batch_size} must be a multiple of the {host_count} hosts, and host_index {host_index} "
-                f"below their number."
-            )
+        own = list(range(batch_size)) if rows is None else sorted(set(rows))
+        if not own or own[0] < 0 or own[-1] >= batch_size:
+            raise InputError(f"the rows of this process must lie in [0, {batch_size}), the batch; got {rows}.")
         self._documents = _Documents(reader, use_targets=use_targets, cache_bytes=cache_bytes)
         if lengths is None:
             lengths = getattr(reader, "lengths", None)
@@ -87,7 +84,7 @@ class FusionLoader:
         if len(self._lengths) != len(reader):
             raise InputError(f"{len(self._lengths)} lengths were given for {len(reader)} documents.")
         self.batch_size, self.seq_len, self.seed, self.epochs, self.packed = batch_size, seq_len, seed, epochs, packed
-        self._host_index, self._host_rows, self._prefetch = host_index, batch_size // host_count, prefetch
+        self._own, self._prefetch = own, prefetch
         self._index = lru_cache(maxsize=2)(self._make_index)
         self.rows_per_epoch = len(self._index(0))
         self._step = 0
@@ -125,8 +122,8 @@ class FusionLoader:
                     future.cancel()
 
     def batch(self, step: int) -> FusionBatch:
-        """Builds this host's rows of global batch `step`, [batch_size / host_count, seq_len, ...]."""
-        rows = self._rows(step)
+        """Builds this process's rows of global batch `step`, [rows, seq_len, ...]."""
+        rows = self._rows(step, self._own)
         width = self._documents.width
         batch = _empty_batch(len(rows), self.seq_len, *width)
         for at, pieces in enumerate(rows):
@@ -140,8 +137,9 @@ class FusionLoader:
         return batch
 
     def documents(self, step: int) -> list[str]:
-        """Returns the doc_ids in this host's rows of batch `step`, for messages."""
-        ids = {piece.document: None for pieces in self._rows(step) for piece in pieces}
+        """Returns the doc_ids of global batch `step`, for messages."""
+        rows = self._rows(step, range(self.batch_size))
+        ids = {piece.document: None for pieces in rows for piece in pieces}
         return [self._documents.doc_id(i) for i in ids]
 
     def get_state(self) -> dict[str, int | bool]:
@@ -174,13 +172,12 @@ class FusionLoader:
     def _make_index(self, epoch: int) -> PackIndex:
         return PackIndex(self._lengths, self.seq_len, seed=self.seed, epoch=epoch, packed=self.packed)
 
-    def _rows(self, step: int) -> list[list[Piece]]:
+    def _rows(self, step: int, which: Sequence[int]) -> list[list[Piece]]:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        first = step * self.batch_size + self._host_index * self._host_rows
         rows: list[list[Piece]] = []
-        for row in range(first, first + self._host_rows):
-            epoch, within = divmod(row, self.rows_per_epoch)
+        for row in which:
+            epoch, within = divmod(step * self.batch_size + row, self.rows_per_epoch)
             rows.append(self._index(epoch)[within] if epoch < self.epochs else [])
         return rows
 

@@ -19,6 +19,7 @@ Not here: what happens to the others when one process fails (the launcher and `f
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -142,6 +143,7 @@ def collect(name: str, value: Any, *, seconds: float) -> list[Any]:
 
 
 _passed: dict[str, int] = {}  # times that each barrier was reached by this process
+_starting = threading.Event()
 
 
 def _explained(name: str, seconds: float, place: str, error: Exception) -> Exception:
@@ -161,8 +163,8 @@ def _explained(name: str, seconds: float, place: str, error: Exception) -> Excep
 
 
 def _state() -> Any:
-    """JAX's record of the job; None while JAX is not even imported."""
-    if "jax" not in sys.modules:
+    """JAX's record of the job; None before it is whole: asking a client that is not connected ends the process."""
+    if "jax" not in sys.modules or _starting.is_set():
         return None
     from jax._src import distributed  # the public functions would start the devices
 
@@ -182,6 +184,7 @@ def _initialize(
 
     if jax.distributed.is_initialized():
         return process_count()
+    _starting.set()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -197,6 +200,11 @@ def _initialize(
             f"{_MODE}=auto, but JAX finds no processes here ({error}); start them with srun, or set {_COORDINATOR}, "
             f"{_COUNT} and {_INDEX}"
         ) from error
+    finally:
+        _starting.clear()
+    if threading.current_thread() is threading.main_thread():
+        # JAX has put a handler in place that answers SIGTERM with silence; whoever had it has it back.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     # The devices are started together, now: they wait for each other two minutes only.
     jax.devices()
     return process_count()

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fusejax.parallel.mesh import is_explicit
 from fusejax.parallel.paths import unflatten_paths
 
-__all__ = ["Layout", "ShardingRules", "batch_sharding", "param_shardings", "spec_for"]
+__all__ = ["Layout", "ShardingRules", "batch_sharding", "own_rows", "param_shardings", "spec_for"]
 
 Axes = Sequence[str | None]
 
@@ -100,6 +100,18 @@ def param_shardings(table: Mapping[str, HasAxes], mesh: Mesh, rules: ShardingRul
 def batch_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> NamedSharding:
     """Returns the sharding of `[B, T, ...]` arrays of a batch: rows over the batch axes."""
     return NamedSharding(mesh, spec_for(("batch", "seq"), rules or ShardingRules()))
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """Returns which of the `rows` rows of a batch lie on this process's devices, ascending.
+
+    Raises:
+        ValueError: the devices do not divide the rows.
+    """
+    found: set[int] = set()
+    for index in sharding.addressable_devices_indices_map((rows, 1)).values():
+        found.update(range(rows)[index[0] if index else slice(None)])
+    return sorted(found)
 
 
 @dataclass(frozen=True)

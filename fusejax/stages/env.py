@@ -142,6 +142,8 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _device_memory(device: Any) -> int | None:
+    if device.process_index != jax.process_index():
+        return None  # another process can ask it
     stats = device.memory_stats()  # None on CPUs
     return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 

@@ -7,11 +7,14 @@ __all__ = ["Optimization", "fit", "loss_function", "placement", "schedule_and_op
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import jax
 
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
@@ -19,7 +22,8 @@ from fusejax.io.manifest import fingerprint_of, write_json
 from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
-from fusejax.parallel import batch_sharding, make_mesh, param_shardings
+from fusejax.parallel import batch_sharding, is_first, make_mesh, param_shardings, process_count
+from fusejax.stages.together import meet
 from fusejax.train.loop import TrainResult
 from fusejax.train.loop import train as train_loop
 from fusejax.train.optimizer import make_optimizer, make_schedule, warmup_steps_from_ratio
@@ -84,7 +88,9 @@ def fit(
     schedule, optimizer = schedule_and_optimizer(config, optimization, total)
     placed = placement(config, mesh)
     plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
-    _start_afresh_unless_same(directory, plan)
+    if is_first():
+        _start_afresh_unless_same(directory, plan)
+    meet(f"plan {directory}")
     tokens_per_step = loader.batch_size * loader.seq_len
     with progress(label, total=total * tokens_per_step, unit="tokens") as bar:
         return train_loop(
@@ -161,9 +167,16 @@ def placement(
     """The mesh and shardings that the loop needs, or nothing for one device.
 
     Raises:
-      InputError: too few devices, or dimensions of the model that the mesh does not divide.
+      InputError: too few devices, dimensions of the model that the mesh does not divide, or processes without a
+        part of the mesh.
     """
-    if not mesh or all(size == 1 for size in mesh.values()):
+    used = math.prod((mesh or {}).values())
+    if process_count() > 1 and used != jax.device_count():
+        raise InputError(
+            f"`mesh` has {used} devices, the {process_count()} processes have {jax.device_count()}; a training by "
+            f"several processes uses all, for example mesh.fsdp {jax.device_count()}"
+        )
+    if not mesh or used == 1:
         return {}
     try:
         made = make_mesh(data=mesh["data"], fsdp=mesh["fsdp"], tensor=mesh["tensor"], devices=devices)

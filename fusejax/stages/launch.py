@@ -7,15 +7,13 @@ each, on CPU four virtual ones. On clusters SLURM, Kubernetes or the TPU's own t
 (`scripts/`); they tell each who it is by the same environment variables (`fusejax.parallel.processes`).
 
 Process 0's standard output passes through; everything else comes on standard error, each line with its process
-in front. SIGTERM and SIGINT go to all. When a process fails the others get SIGTERM, after `--grace` seconds SIGKILL,
-and its exit code becomes the launcher's; what it said last is repeated at the end, since the others, which lose
-their coordinator, have much to say too. A process that ends with 85 (preempted, saved) leaves the others the time
-to do the same. Should the launcher itself be killed, Linux ends the processes with it.
+in front. SIGTERM and SIGINT go to all. When a process fails its exit code becomes the launcher's. The others mostly
+leave by themselves (`fusejax.train.faults`); those that have not after `--grace` seconds are killed. After 85
+(preempted, saved) they have the time to save, too. Should the launcher itself be killed, Linux ends them with it.
 """
 
 __all__ = ["command", "launch_local"]
 
-import collections
 import ctypes
 import os
 import re
@@ -28,12 +26,10 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from fusejax.errors import InputError
+from fusejax.errors import PREEMPTED, InputError
 from fusejax.stages.command import Result, parser, positive_int
 
-_PREEMPTED, _WATCHDOG = 85, 75
 _AGREED_GRACE = 120.0  # to save, when all processes were asked to stop
-_REPEATED_LINES = 40
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,7 +40,7 @@ def command(name: str, words: list[str]) -> Result:
     arguments.add_argument("where", choices=("local",), help="this machine; clusters: see scripts/")
     arguments.add_argument("--procs", type=positive_int, required=True, help="number of processes")
     arguments.add_argument("--devices", type=positive_int, default=1, help="devices of each process (default 1)")
-    arguments.add_argument("--grace", type=float, default=5.0, help="seconds from SIGTERM to SIGKILL after a failure")
+    arguments.add_argument("--grace", type=float, default=10.0, help="seconds for the others after a failure")
     split = _command_at(words)
     given, inner = arguments.parse_args(words[:split]), [word for word in words[split:] if word != "--"]
     if not inner or inner[0] == "launch":
@@ -55,14 +51,14 @@ def command(name: str, words: list[str]) -> Result:
     return Result({}, "", code)
 
 
-def launch_local(arguments: Sequence[str], *, procs: int, devices: int = 1, grace: float = 5.0) -> int:
+def launch_local(arguments: Sequence[str], *, procs: int, devices: int = 1, grace: float = 10.0) -> int:
     """Runs a program as `procs` processes of one job on this machine and returns the job's exit code.
 
     Args:
         arguments: the program and its arguments.
         procs: number of processes.
         devices: devices of each process.
-        grace: seconds that the others are given to stop after one has failed.
+        grace: seconds that the others are given to leave after one has failed.
     """
     port = _free_port()
     ranks = [_Rank(arguments, rank, _environment(rank, procs, devices, port)) for rank in range(procs)]
@@ -78,11 +74,7 @@ def launch_local(arguments: Sequence[str], *, procs: int, devices: int = 1, grac
             signal.signal(number, handler)
     if failed is None:
         return 0
-    _write(f"fusejax launch: process {failed.number} ended with exit code {failed.code}")
-    if failed.code not in (_PREEMPTED, _WATCHDOG) and any(rank.said > failed.said for rank in ranks):
-        _write("fusejax launch: the last lines of this process were:")
-        for line in failed.recent:
-            _write(f"[{failed.number}] {line}")
+    _write(f"fusejax launch: process {failed.number} was the first to end, with exit code {failed.code}")
     return failed.code
 
 
@@ -90,8 +82,7 @@ class _Rank:
     """One process and the threads that hand its output on."""
 
     def __init__(self, arguments: Sequence[str], number: int, environment: dict[str, str]):
-        self.number, self.said = number, 0.0  # when it said something last
-        self.recent: collections.deque[str] = collections.deque(maxlen=_REPEATED_LINES)
+        self.number = number
         self._process = subprocess.Popen(
             list(arguments),
             env=environment,
@@ -131,24 +122,17 @@ class _Rank:
     def _hand_on(self, pipe: IO[str]) -> None:
         with pipe:
             for line in pipe:
-                line = line.rstrip("\n")
-                self.recent.append(line)
-                self.said = time.monotonic()
-                _write(f"[{self.number}] {line}")
+                _write(f"[{self.number}] {line.rstrip()}")
 
 
 def _wait(ranks: list[_Rank], grace: float) -> _Rank | None:
-    """Waits for all; returns the first that failed. The others are then asked to stop, and made to."""
+    """Waits for all; returns the first that failed. The others are then given `grace` seconds."""
     failed, deadline = None, 0.0
     while any(rank.running() for rank in ranks):
         if failed is None:
             failed = next((rank for rank in ranks if not rank.running() and rank.code), None)
             if failed is not None:
-                agreed = failed.code == _PREEMPTED
-                deadline = time.monotonic() + (_AGREED_GRACE if agreed else grace)
-                for rank in ranks:
-                    if not agreed:
-                        rank.send(signal.SIGTERM)
+                deadline = time.monotonic() + (_AGREED_GRACE if failed.code == PREEMPTED else grace)
         elif time.monotonic() > deadline:
             for rank in ranks:
                 rank.send(signal.SIGKILL)

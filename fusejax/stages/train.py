@@ -4,13 +4,14 @@ __all__ = ["train"]
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fusejax.alignment import event_groups
 from fusejax.data.corpus import read_corpus
@@ -21,11 +22,13 @@ from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.store import RecordReader
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.models import ModelConfig, score_tokens
+from fusejax.parallel import is_first, own_rows, to_host
 from fusejax.stages.context import Run, finished
-from fusejax.stages.fit import Optimization, fit
+from fusejax.stages.fit import Optimization, fit, placement
 from fusejax.stages.fuse import PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
+from fusejax.stages.together import meet
 from fusejax.types import EventGroups
 
 
@@ -55,12 +58,16 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
     check_lineage(run, next(fusion for fusion in config.fusions if run.fused_dir(fusion.name) == fused_dir))
-    run.replace_stale(directory)
+    meet(f"train {arm}")  # nobody looks at what is removed next
+    if is_first():
+        run.replace_stale(directory)
     start = run.model(config.target)
     tokenizer = run.tokenizer(config.target)
     check_vocabulary(tokenizer, start.config.vocab_size, str(start.directory))
+    mesh = config.mesh.model_dump()
     loader = FusionLoader(
         reader,
+        rows=_own_rows(placement(start.config, mesh), options.batch_size),
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         seed=config.seed,
@@ -78,7 +85,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         loss=loss,
         groups=_groups(reader) if fusing else None,
         identity=settings | parents,
-        mesh=config.mesh.model_dump(),
+        mesh=mesh,
         max_steps=options.max_steps,
         accumulation=options.accumulation,
         compute_dtype=options.compute_dtype,
@@ -86,31 +93,39 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
-        evaluate=_validation(run, start.config) if options.evaluate_every else None,
+        evaluate=_validation(run, start.config, mesh) if options.evaluate_every else None,
         evaluate_every=options.evaluate_every or 0,
     )
-    params = jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype), result.state.params, start.params)
+    params = jax.tree.map(lambda new, old: to_host(new, dtype=old.dtype), result.state.params, start.params)
     facts = {
         "steps": int(result.state.step),
         "tokens": int(result.state.step) * options.batch_size * options.seq_len,
         "compile_seconds": result.compile_seconds,
         "peak_bytes": result.peak_bytes,
     }
-    kept = keep_model(
-        directory,
-        start.config,
-        params,
-        tokenizer_dir=start.directory,
-        settings=settings,
-        parents=parents,
-        facts=facts,
-    )
-    shutil.rmtree(run.train_dir(arm) / "checkpoints", ignore_errors=True)
-    return kept
+    if is_first():
+        identity = {"settings": settings, "parents": parents}
+        keep_model(directory, start.config, params, tokenizer_dir=start.directory, facts=facts, **identity)
+        shutil.rmtree(run.train_dir(arm) / "checkpoints", ignore_errors=True)
+    meet(f"kept {arm}")
+    return read_manifest(directory)
 
 
-def _validation(run: Run, config: ModelConfig) -> Callable[[Any, int], dict[str, float]]:
-    """Bits per byte of the valid split as a callback of the training loop; it changes nothing of the training."""
+def _own_rows(placed: Mapping[str, Any], batch_size: int) -> list[int] | None:
+    """The rows of each batch that lie on this process's devices; None: all."""
+    if not placed:
+        return None
+    try:
+        return own_rows(placed["batch_sharding"], batch_size)
+    except ValueError as error:
+        raise InputError(f"train.batch_size {batch_size} must be a multiple of mesh.data * mesh.fsdp") from error
+
+
+def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Callable[[Any, int], dict[str, float]]:
+    """Bits per byte of the valid split as a callback of the training loop; it changes nothing of the training.
+
+    On a mesh every process computes all of it, on its part of the parameters.
+    """
     texts = [document.text for document in read_corpus(run.corpus_dir, "valid")]
     if not texts:
         raise InputError("train.evaluate_every is set, but the valid split is empty; give `corpus.valid` or unset it")
@@ -118,7 +133,9 @@ def _validation(run: Run, config: ModelConfig) -> Callable[[Any, int], dict[str,
     context = min(options.context, config.max_positions)
     encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     config = dataclasses.replace(config, dtype=run.config.train.compute_dtype)
-    score = jax.jit(partial(score_tokens, cfg=config, valid_vocab=tokenizer.vocab_size))
+    placed = placement(config, mesh)
+    whole = NamedSharding(placed["mesh"], PartitionSpec()) if placed else None
+    score = jax.jit(partial(score_tokens, cfg=config, valid_vocab=tokenizer.vocab_size), out_shardings=whole)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         found = evaluate_documents(

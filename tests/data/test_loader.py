@@ -85,9 +85,31 @@ def test_the_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
     docs = records()
     options = {"batch_size": 8, "seq_len": 10, "seed": 5, "epochs": 2}
     one = FusionLoader(docs, **options)
-    many = [FusionLoader(docs, **options, host_index=h, host_count=hosts) for h in range(hosts)]
+    share = 8 // hosts
+    many = [FusionLoader(docs, **options, rows=range(h * share, (h + 1) * share)) for h in range(hosts)]
     for step in range(len(one)):
         assert equal(one.batch(step), join([m.batch(step) for m in many]))
+
+
+def test_only_the_documents_of_own_rows_are_read():
+    class Counting(list):
+        """Records that remember which of them were asked for."""
+
+        def __getitem__(self, index):
+            asked.add(index)
+            return super().__getitem__(index)
+
+    asked: set[int] = set()
+    docs = Counting(records())
+    lengths = np.array([len(record.arrays["tokens"]) for record in list.__iter__(docs)])
+    options = {"batch_size": 8, "seq_len": 10, "lengths": lengths}
+    loader = FusionLoader(docs, **options, rows=[1, 2])
+    asked.clear()
+    own = loader.batch(0)
+    read = {f"doc{i}" for i in asked}
+    whole = FusionLoader(docs, **options)
+    assert equal(own, type(own)(*tree.map(lambda x: x[1:3], tuple(whole.batch(0)))))
+    assert read < set(whole.documents(0)) == set(loader.documents(0))
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -132,8 +154,8 @@ def test_documents_of_a_step_are_named():
 
 def test_bad_arguments_and_records():
     docs = records()
-    with pytest.raises(InputError, match="multiple of the 2 hosts"):
-        FusionLoader(docs, batch_size=3, seq_len=8, host_count=2)
+    with pytest.raises(InputError, match=r"must lie in \[0, 3\)"):
+        FusionLoader(docs, batch_size=3, seq_len=8, rows=[2, 3])
     with pytest.raises(InputError, match="empty"):
         FusionLoader([], batch_size=3, seq_len=8)
     with pytest.raises(InputError, match="22 lengths"):

@@ -18,7 +18,7 @@ from fusejax.errors import InputError
 from fusejax.io.checkpoint.checksums import CHECKSUMS, describe, verify
 from fusejax.io.checkpoint.guards import explained, quiet, writable
 from fusejax.parallel.paths import unflatten_paths
-from fusejax.parallel.processes import barrier, is_first
+from fusejax.parallel.processes import process_count, process_index
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -26,38 +26,33 @@ with warnings.catch_warnings():
 
 __all__ = ["load_model_params", "save_model"]
 
-_WAIT_SECONDS = 600.0  # for the first process to make the directory and to put it in its place
-
 
 def save_model(
     directory: str | Path, params: Any, config: dict[str, Any], *, tokenizer_dir: str | Path | None = None
 ) -> None:
     """Writes a model directory that `load_model_params` reads; replaces an existing one only when complete.
 
+    One process writes it, and waits for no other: of several, the one that has the parameters.
+
     Args:
         directory: the model directory.
-        params: nested dict of arrays.
+        params: nested dict of arrays that this process holds whole.
         config: the Hugging Face config as a dict, written to config.json.
         tokenizer_dir: a folder whose tokenizer files are copied.
     """
     directory = Path(directory).absolute()
     fresh = _fresh(directory)
-    first = is_first()
     with writable(directory, clear=lambda: shutil.rmtree(fresh, ignore_errors=True)):
-        if first:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-        barrier(f"save_model begin {directory}", seconds=_WAIT_SECONDS)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
         leaves = describe(params)
-        with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(fresh / "params", params)
-        if first:
-            (fresh / CHECKSUMS).write_text(json.dumps({"leaves": leaves}, indent=1) + "\n", encoding="utf-8")
-            (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for name in _tokenizer_files(tokenizer_dir):
-                shutil.copyfile(name, fresh / name.name)
-            _replace(fresh, directory)
-        barrier(f"save_model end {directory}", seconds=_WAIT_SECONDS)
+        (fresh / CHECKSUMS).write_text(json.dumps({"leaves": leaves}, indent=1) + "\n", encoding="utf-8")
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in _tokenizer_files(tokenizer_dir):
+            shutil.copyfile(name, fresh / name.name)
+        _replace(fresh, directory)
 
 
 def load_model_params(directory: str | Path, *, shardings: Any | None = None) -> Any:
@@ -87,10 +82,26 @@ def load_model_params(directory: str | Path, *, shardings: Any | None = None) ->
         restore_args = jax.tree.map(
             lambda t, s: ocp.ArrayRestoreArgs(sharding=s, global_shape=t.shape, dtype=t.dtype), target, shardings
         )
-    with quiet(), explained(directory), ocp.PyTreeCheckpointer() as checkpointer:
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with (
+        quiet(),
+        explained(directory),
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+    ):
         params = checkpointer.restore(directory / "params", item=target, restore_args=restore_args)
     verify(leaves, params, directory)
     return params
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax synchronises all processes unless it is told who takes part."""
+    if process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
