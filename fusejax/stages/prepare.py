@@ -158,6 +158,10 @@ def read_source(source: TextSource, counts: ReadCounts | None = None) -> Iterato
         source.path,
         format=source.format,
         text_field=source.text_field,
+        spans_field=source.spans_field,
+        messages_field=source.messages_field,
+        prompt_fields=source.prompt_fields,
+        response_field=source.response_field,
         split=source.split,
         limit=source.limit,
         counts=counts,
@@ -172,7 +176,7 @@ def embedded_documents(max_bytes: int) -> dict[str, list[Document]]:
 
 def _described(corpus: CorpusConfig) -> dict[str, Any]:
     """What determines the documents: the configuration, with what files hold in place of where they lie."""
-    described = corpus.model_dump(mode="json")
+    described = corpus.model_dump(mode="json", exclude={"chat_template"})
     for name in ("train", "valid", "test"):
         for entry in described[name]:
             entry["path"] = _content(entry["path"])

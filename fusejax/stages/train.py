@@ -23,12 +23,14 @@ from fusejax.io.store import RecordReader
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.models import ModelConfig, score_tokens
 from fusejax.parallel import is_first, own_rows, to_host
+from fusejax.stages.capture import chat_settings
 from fusejax.stages.context import Run, finished
 from fusejax.stages.fit import Optimization, fit, placement
 from fusejax.stages.fuse import PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
 from fusejax.stages.together import meet
+from fusejax.train.faults import FaultPolicy
 from fusejax.types import EventGroups
 
 
@@ -54,6 +56,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     parents = {"target": run.fingerprint(config.target)}
     # The baseline depends on the text alone: other sources do not train it again.
     parents |= {"fused": reader.manifest.fingerprint} if fusing else {"corpus": _corpus(run)}
+    settings |= chat_settings(run, config.target)
     directory = run.model_dir(arm)
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
@@ -93,6 +96,8 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
+        wandb_project=config.log.wandb_project,
+        faults=FaultPolicy(**config.faults.model_dump()),
         evaluate=_validation(run, start.config, mesh) if options.evaluate_every else None,
         evaluate_every=options.evaluate_every or 0,
     )
@@ -126,12 +131,13 @@ def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Calla
 
     On a mesh every process computes all of it, on its part of the parameters.
     """
-    texts = [document.text for document in read_corpus(run.corpus_dir, "valid")]
-    if not texts:
+    documents = read_corpus(run.corpus_dir, "valid")[:]
+    if not documents:
         raise InputError("train.evaluate_every is set, but the valid split is empty; give `corpus.valid` or unset it")
     tokenizer, options = run.tokenizer(run.config.target), run.config.evaluate
     context = min(options.context, config.max_positions)
-    encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    names = [document.id for document in documents]
+    encoded = dict(zip(names, run.encoder(run.config.target).encode_batch(documents), strict=True))
     config = dataclasses.replace(config, dtype=run.config.train.compute_dtype)
     placed = placement(config, mesh)
     whole = NamedSharding(placed["mesh"], PartitionSpec()) if placed else None
@@ -143,7 +149,7 @@ def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Calla
                 params, tokens=tokens, labels=labels, positions=positions, segment_ids=segments
             )[0],
             SimpleNamespace(encode=encoded.__getitem__),
-            texts,
+            names,
             context=context,
             batch_size=max(1, options.batch_tokens // context),
         )
