@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.fused_softmax_kl import dispatch, losses, primitive, reference, tiling
+from pallas_kernels.fused_softmax_kl import dispatch, losses, matmuls, primitive, reference, tiling
 
 __all__ = [
     "LinearOptions",
@@ -70,13 +70,8 @@ class _Chunk(NamedTuple):
     weights: tuple[Array, Array]  # ([c], [c, M]) float32: the cotangents of (clm, kl)
 
 
-def _vocab_local(head: Array, options: LinearOptions) -> int:
-    return head.shape[1 if options.head_layout == "dv" else 0]
-
-
 def _logits(hidden: Array, head: Array, options: LinearOptions) -> Array:
-    equation = "td,dv->tv" if options.head_layout == "dv" else "td,vd->tv"
-    return jnp.einsum(equation, hidden, head, preferred_element_type=jnp.dtype(options.logits_dtype or jnp.float32))
+    return matmuls.logits(hidden, head, layout=options.head_layout, dtype=options.logits_dtype or jnp.float32)
 
 
 def _spec(options: LinearOptions) -> primitive.Spec:
@@ -105,13 +100,16 @@ def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options
     return clm, kl
 
 
-def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
-    """Returns ((clm, kl), (dhidden, dhead) or None) of one chunk, the weights being the cotangents."""
+def _chunk_pass(chunk: _Chunk, head: Array, dhead: Array | None, options: LinearOptions) -> tuple:
+    """Returns ((clm, kl), dhidden, `dhead` plus the chunk's part); without `dhead`, no gradients.
+
+    The chunk's weights are the cotangents.
+    """
     active = chunk.masks[0] | chunk.masks[1].any(axis=-1)
     hidden = jnp.where(active[:, None], chunk.hidden, 0)
     targets = chunk.targets if options.expand is None else options.expand(chunk.targets)
     spec, axis = _spec(options), options.vocab_axis
-    vocab = primitive.whole_vocab(_vocab_local(head, options), spec)
+    vocab = primitive.whole_vocab(matmuls.vocab_size(head, options.head_layout), spec)
     z = _logits(hidden, head, options)
     ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
     stats = primitive.statistics(z, ids, spec)
@@ -119,17 +117,18 @@ def _chunk_pass(chunk: _Chunk, head: Array, options: LinearOptions, *, gradients
     def from_statistics(logsum: Array, gathered: Array) -> tuple:
         return _losses(logsum, gathered, targets, chunk, options, vocab)
 
-    if not gradients:
-        return from_statistics(stats.logsum, stats.z), None
+    if dhead is None:
+        return from_statistics(stats.logsum, stats.z), None, None
     out, pull = jax.vjp(from_statistics, stats.logsum, stats.z)
     grad_logsum, grad_z = pull(chunk.weights)
+    # Else XLA finds the same `z - shift` in both directions and keeps it: another array of the chunk's logits.
+    z, stats = lax.optimization_barrier((z, stats))
     dlogits = primitive.logits_gradient(z, ids, stats, grad_logsum, grad_z, spec, dtype=hidden.dtype)
-    to_hidden, to_head = ("tv,dv->td", "td,tv->dv") if options.head_layout == "dv" else ("tv,vd->td", "tv,td->vd")
-    dhidden = jnp.einsum(to_hidden, dlogits, head, preferred_element_type=jnp.float32)
+    dhidden = matmuls.hidden_gradient(dlogits, head, layout=options.head_layout)
     if axis is not None:
         dhidden = lax.psum(dhidden, axis)
-    pair = (hidden, dlogits) if options.head_layout == "dv" else (dlogits, hidden)
-    return out, (dhidden.astype(hidden.dtype), jnp.einsum(to_head, *pair, preferred_element_type=jnp.float32))
+    dhead = matmuls.add_head_gradient(dhead, hidden, dlogits, layout=options.head_layout)
+    return out, dhidden.astype(hidden.dtype), dhead
 
 
 def _in_chunks(rows: _Chunk, size: int) -> _Chunk:
@@ -154,14 +153,12 @@ def _chunk_size(tokens: int, vocab: int, options: LinearOptions) -> int:
 def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool) -> tuple:
     """Returns (TokenLosses, dhidden [T, D] or None, dhead float32 or None)."""
     tokens = rows.hidden.shape[0]
-    size = options.chunk or _chunk_size(tokens, _vocab_local(head, options), options)
+    size = options.chunk or _chunk_size(tokens, matmuls.vocab_size(head, options.head_layout), options)
     chunks = _in_chunks(rows, size)
 
     def body(dhead: Array | None, chunk: _Chunk) -> tuple:
-        out, grads = _chunk_pass(chunk, head, options, gradients=gradients)
-        if grads is None or dhead is None:
-            return dhead, (out, None)
-        return dhead + grads[1], (out, grads[0])
+        out, dhidden, dhead = _chunk_pass(chunk, head, dhead, options)
+        return dhead, (out, dhidden)
 
     # The scalar zero gives the carry the axes over which the tokens vary inside a shard_map.
     start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.weights[0], shape=()) if gradients else None
@@ -185,7 +182,7 @@ def _dense(rows: _Chunk, head: Array, options: LinearOptions) -> losses.TokenLos
         softcap=options.softcap,
         valid_vocab=options.valid_vocab,
     )
-    return losses.TokenLosses(*_losses(lse, z, targets, rows, options, _vocab_local(head, options)))
+    return losses.TokenLosses(*_losses(lse, z, targets, rows, options, matmuls.vocab_size(head, options.head_layout)))
 
 
 def _check(hidden: Array, head: Array, options: LinearOptions) -> None:

@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 __all__ = [
     "CPU_LOGITS_BUDGET_BYTES",
+    "CPU_SMALL",
     "LOGITS_BUDGET_BYTES",
     "GpuBlocks",
     "TpuBlocks",
     "chunk_tokens",
+    "cpu_head_columns",
+    "cpu_rows",
     "gpu_blocks",
     "linear_flops",
     "pad_to",
@@ -20,9 +23,13 @@ __all__ = [
 ]
 
 LOGITS_BUDGET_BYTES = 512 * 2**20
-# On CPU matmuls are so slow that reading the head's gradient often costs little, and small chunks stay near the cache:
-# at T = 2048, D = 512, V = 32000 twice the chunk takes twice the memory for a twentieth of the time.
-CPU_LOGITS_BUDGET_BYTES = 32 * 2**20
+# At T = 2048, D = 512, V = 32000 these are 512 tokens; half of it takes a tenth more time (docs/notes/kernels.md).
+CPU_LOGITS_BUDGET_BYTES = 64 * 2**20
+# Arrays with fewer elements are left to the compiler on CPU.
+CPU_SMALL = 2**16
+# Columns of the head's gradient that are multiplied and added at once on CPU: a few MiB, well inside a shared cache.
+_CPU_HEAD_BLOCK_BYTES = 5 * 2**19
+_CPU_ROWS_BYTES = 2**21  # of logits, turned into their gradient at once
 _MIN_CHUNKS = 4
 _ROW_MULTIPLE = 8
 
@@ -78,6 +85,16 @@ def chunk_tokens(tokens: int, vocab: int, *, itemsize: int = 4, budget_bytes: in
     by_memory = 1 << max((budget_bytes // max(itemsize * vocab, 1)).bit_length() - 1, 0)
     by_count = pad_to(-(-tokens // _MIN_CHUNKS), _ROW_MULTIPLE)
     return max(min(by_memory, by_count), _ROW_MULTIPLE)
+
+
+def cpu_head_columns(embed: int) -> int:
+    """Returns how many columns of the head's float32 gradient are added at once on CPU: a multiple of 64."""
+    return max(_CPU_HEAD_BLOCK_BYTES // (4 * embed) // 64, 1) * 64
+
+
+def cpu_rows(vocab: int) -> int:
+    """Returns how many rows of float32 logits are turned into their gradient at once on CPU."""
+    return max(_CPU_ROWS_BYTES // (4 * max(vocab, 1)), 1)
 
 
 def tpu_blocks(tokens: int, vocab: int, gathered: int, *, itemsize: int, bytes_per_logit: int) -> TpuBlocks | None:

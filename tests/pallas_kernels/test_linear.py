@@ -8,6 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from pallas_kernels import linear_fused_softmax_kl, linear_fusion_loss
+from pallas_kernels.fused_softmax_kl import tiling
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.compiled import quick_jit
 from tests.pallas_kernels.test_oracle import OPTIONS
@@ -97,6 +98,17 @@ def test_recompute_and_reference_equal_oracle(options, implementation):
 def test_layouts_and_chunks(call, layout, chunk):
     problem = Problem(3)
     _check(problem, getattr(problem, call), chunk=chunk, head_layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["dv", "vd"])
+def test_cpu_blocks_with_remainders_equal_oracle(layout, monkeypatch):
+    """The loops over rows and columns that large arrays take on CPU: 2 blocks and a rest of each."""
+    monkeypatch.setattr(tiling, "CPU_SMALL", 0)
+    monkeypatch.setattr(tiling, "_CPU_ROWS_BYTES", 3 * 4 * 150)
+    monkeypatch.setattr(tiling, "_CPU_HEAD_BLOCK_BYTES", 4 * 8 * 64)
+    problem = Problem(12, tokens=13, vocab=150, members=2)
+    options = {"temperature": 2.0} if layout == "dv" else {"softcap": 2.0, "temperature": 3.0}
+    _check(problem, problem.one_pass, chunk=8, head_layout=layout, **options)
 
 
 def test_padded_vocabulary_with_small_logits():
