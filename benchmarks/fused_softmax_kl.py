@@ -152,7 +152,25 @@ def candidates_2(tokens: int, embed: int, vocab: int, k: int) -> dict[str, tuple
     if ON_GPU:
         out["ours one-pass, xla"] = make(functools.partial(one_pass, implementation="xla"), ours)
         out["ours one-pass, bf16 logits"] = make(functools.partial(one_pass, logits_dtype="bfloat16"), ours)
+    out |= tokamax_candidate(hidden, head, labels)
     return out | torch_candidates(*(np.asarray(x, np.float32) for x in (hidden, head)), labels, ids, logprobs)
+
+
+def tokamax_candidate(hidden, head, labels) -> dict[str, tuple]:
+    """Returns tokamax's fused cross-entropy (it has no divergence), or nothing and a line that says why."""
+    if importlib.util.find_spec("tokamax") is None:
+        print("no row for tokamax: it is not installed", flush=True)
+        return {}
+    import tokamax
+
+    def loss(h, w, y):
+        return tokamax.linear_softmax_cross_entropy_loss(h, y, w, reduction="mean")
+
+    try:
+        return {"tokamax CLM only": compiled(loss, (hidden, head, labels), (0, 1))}
+    except Exception as error:  # whatever it raises where it cannot serve is the answer
+        print(f"no row for tokamax: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
+        return {}
 
 
 def torch_candidates(hidden, head, labels, ids, logprobs) -> dict[str, tuple]:

@@ -119,6 +119,9 @@ class LossConfig(Config):
     max_members: int = Field(
         default=256, ge=1, description="Gathered token ids per position; larger groups join the rest."
     )
+    logits_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of one chunk's logits; bfloat16 halves them for a less exact gradient."
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> "LossConfig":

@@ -24,12 +24,13 @@ from fusejax.types import EventGroups, FusionBatch, TopK
 from pallas_kernels.fused_softmax_kl import (
     LinearOptions,
     Targets,
+    chunk_tokens,
     linear_loss_and_gradients,
     merge_duplicates,
     rest_floored,
 )
 
-__all__ = ["batch_fusion_loss"]
+__all__ = ["accelerator_chunk", "batch_fusion_loss"]
 
 Array = jax.Array
 
@@ -207,6 +208,11 @@ def _metrics(out: tuple, folded: Array, masks: tuple, mixing: Array, rest: Array
     }
 
 
+def accelerator_chunk(tokens: int, vocab: int) -> int:
+    """Returns how many tokens' logits an accelerator holds at once, of `tokens` and `vocab` on one device."""
+    return chunk_tokens(tokens, vocab)
+
+
 def batch_fusion_loss(
     hidden: Array,
     head: Array,
@@ -236,7 +242,7 @@ def batch_fusion_loss(
       max_members: slots for the members of one distribution's events; what does not fit joins the rest.
       denominator: trained tokens of the whole step over all its micro-batches and devices; None: of this batch.
       mesh: None: one device; else tokens are split over `token_axes`, the vocabulary over `vocab_axis`.
-      **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab.
+      **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab, logits_dtype.
 
     Returns:
       (loss [] float32, metrics: float32 scalars `clm_nats` per trained token, `fusion_nats` per supervised token,

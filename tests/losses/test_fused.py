@@ -1,4 +1,5 @@
 import functools
+import inspect
 import re
 
 import jax
@@ -8,8 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fusejax.config import LossConfig
 from fusejax.errors import InputError
 from fusejax.losses import batch_fusion_loss
+from pallas_kernels.fused_softmax_kl import LinearOptions
 from tests.losses.groups import random_batch
 from tests.pallas_kernels import oracle
 
@@ -140,6 +143,19 @@ def test_traced_weights_and_events_without_room():
     )
     loss, metrics = jax.jit(functools.partial(call, max_members=2))()
     assert metrics["folded_events"] > 0 and np.isfinite(loss)
+
+
+def test_logits_in_bfloat16_stay_near_those_in_float32(single):
+    batch, groups, _ = random_batch()
+    (loss, _), grads = _grad(batch, groups, temperature=1.5, logits_dtype="bfloat16")(*_arrays(), batch)
+    assert 0 < abs(loss / single[0][0] - 1) < 1e-3
+    for got, want in zip(grads, single[1], strict=True):
+        assert np.linalg.norm(got - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_every_loss_setting_of_the_configuration_is_an_option():
+    named = set(inspect.signature(batch_fusion_loss).parameters) | set(LinearOptions._fields)
+    assert set(LossConfig().model_dump()) <= named
 
 
 def test_sizes_that_the_mesh_cannot_split():
