@@ -196,7 +196,8 @@ def measure(arguments: argparse.Namespace, root: Path) -> None:
         models[0].parent.mkdir(parents=True, exist_ok=True)
         generate(models[0].parent, scale)
     sizes = [int(np.prod(shape)) for shape in shapes(scale).values()]
-    rows = []
+    rows: list[dict] = []
+    kept = json.loads(arguments.json.read_text())["rows"] if arguments.update else []
     print(HEADER, flush=True)
     for name in arguments.only or CASES:
         words, count, settings, published = CASES[name]
@@ -225,7 +226,8 @@ def measure(arguments: argparse.Namespace, root: Path) -> None:
         })  # fmt: skip
         print(line(rows[-1]), flush=True)
         if arguments.json:
-            write(rows, arguments.json)
+            measured = {row["name"]: row for row in (*kept, *rows)}
+            write([measured[name] for name in CASES if name in measured], arguments.json)
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--mergekit", help="mergekit-yaml to measure beside it; default: its published numbers")
     parser.add_argument("--dir", type=Path, help="where the models are generated; not in memory (default: here)")
     parser.add_argument("--models", type=Path, help="where the models are, or are generated and kept")
+    parser.add_argument("--update", action="store_true", help="keep what the JSON file says of other methods")
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), help="some of the cases")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=arguments.dir or Path.cwd()) as root:

@@ -50,10 +50,15 @@ def positive_int(word: str) -> int:
 def parse_config(name: str, words: list[str], description: str) -> RunConfig:
     """Reads CONFIG and applies the overrides that follow it, such as `--train.learning-rate 2e-5`.
 
+    A section that the configuration leaves out is begun by its options: `--merge.method ties`. Parameters of a merge,
+    which have no fixed names, are `--merge.parameters.NAME VALUE ...`.
+
     Raises:
       InputError: no configuration is named, or it is not valid.
     """
     import tyro
+
+    from fusejax.stages.merge_options import with_merge_options
 
     help_asked = any(word in ("-h", "--help") for word in words)
     rest = [word for word in words if word not in ("-h", "--help")]
@@ -62,10 +67,11 @@ def parse_config(name: str, words: list[str], description: str) -> RunConfig:
             raise InputError(f"usage: fusejax {name} CONFIG.yaml [--section.key value ...]; see fusejax {name} --help")
         config = _example()
     else:
-        config, rest = load_config(rest[0]), rest[1:]
+        config, rest = with_merge_options(load_config(rest[0]), rest[1:])
     return tyro.cli(
         RunConfig,
         default=config,
+        config=(tyro.conf.AvoidSubcommands,),  # `--merge.method`, not `merge:merge-config --merge.method`
         prog=f"fusejax {name} CONFIG",
         description=description,
         args=[*rest, *(["--help"] if help_asked else [])],

@@ -14,7 +14,7 @@ from fusejax.io.stream_read import StoredTensor
 
 __all__ = ["CHUNK", "RAW_DTYPES", "Chunks", "nonfinite"]
 
-CHUNK = 2**17  # elements; a row of each input, the temporaries and the result stay in the L2 cache
+CHUNK = 2**18  # elements; what is read and made of them stays in the cache, calls of programs cost little
 RAW_DTYPES = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # bits; larger ones are NaN
 
