@@ -1,6 +1,6 @@
 """What a run starts from: models and text."""
 
-__all__ = ["CorpusConfig", "ModelRef", "TextSource"]
+__all__ = ["CorpusConfig", "ImportConfig", "ModelRef", "TextSource"]
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +8,22 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fusejax.config.base import NAME, Config
+
+
+class ImportConfig(Config):
+    """Distributions that were captured elsewhere, of the corpus' documents in their order."""
+
+    path: str = Field(description="File, or directory of files.")
+    layout: Literal["parquet", "maxtext", "distillkit"] = Field(
+        default="parquet", description="List columns as `fusejax` exports them, MaxText's records, DistillKit's rows."
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="parquet: our column name -> the file's.")
+    normalized: bool = Field(
+        default=False, description="maxtext: values are log-probabilities; else logits, normalised over the entries."
+    )
+    compression: dict[str, Any] | None = Field(
+        default=None, description="distillkit: the `logprob_compressor` settings of compressed rows."
+    )
 
 
 class ModelRef(Config):
@@ -36,6 +52,11 @@ class ModelRef(Config):
         description="How the model renders conversations: a name (openchat_3.5, vicuna, llama-2, llama-3, mistral, "
         "gemma, qwen, phi-3, internlm2, yi, zephyr, chatml) or a jinja file; None: `corpus.chat_template`.",
     )
+    distributions: ImportConfig | None = Field(
+        default=None,
+        description="Of a source: distributions to import in place of a capture; `model` is then the directory of its "
+        "tokenizer.",
+    )
     trust_remote_code: str | None = Field(
         default=None, description="Run the code in the model's directory; must repeat `model`. torch only."
     )
@@ -48,6 +69,11 @@ class ModelRef(Config):
         if isinstance(values, dict) and not values.get("name") and isinstance(values.get("model"), str):
             values = values | {"name": Path(values["model"]).name}
         return values
+
+    @field_validator("distributions", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
     @field_validator("name")
     @classmethod
@@ -75,7 +101,12 @@ class TextSource(Config):
         description="JSONL, parquet, folder of text files, saved dataset, datasets hub name, or `embedded`: the text "
         "that this Python installation holds, in several domains."
     )
-    domain: str = Field(default="text", description="Domain, the column of the results table.", pattern=NAME)
+    domain: str | None = Field(
+        default=None,
+        description="Domain of all records, the column of the results table. None: what a record says in its field "
+        "`domain`, else 'text'.",
+        pattern=NAME,
+    )
     format: Literal["jsonl", "parquet", "text", "dataset"] | None = Field(
         default=None, description="None: by the suffix."
     )
@@ -113,7 +144,7 @@ class TextSource(Config):
 
     @field_validator("domain")
     @classmethod
-    def _no_column_of_the_table(cls, domain: str) -> str:
+    def _no_column_of_the_table(cls, domain: str | None) -> str | None:
         if domain == "mean":
             raise ValueError("a domain may not be called 'mean': that is the table's mean over domains")
         return domain

@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from fusejax.data.corpus import CorpusReader, Document
 from fusejax.data.messages import Fields, messages_of
 from fusejax.data.spans import character_spans, conversation
@@ -259,16 +261,19 @@ def _dataset_rows(data: Any, name: str) -> Iterator[_Row]:
 def _documents(
     rows: Iterator[_Row], fields: Fields, id_field: str | None, domain_field: str | None, counts: ReadCounts
 ) -> Iterator[Document]:
-    seen: dict[str, str] = {}
-    for row in rows:
+    seen: dict[int, int] = {}  # hashes of ids that records name, and the records' numbers
+    for number, row in enumerate(rows, 1):
         found = _content(row, fields)
         if found is None:
             counts.empty += 1
             continue
         name = _identifier(row, id_field)
-        if name in seen:
-            raise InputError(f"{row.place}: the id {name!r} was already used at {seen[name]}: make the ids unique")
-        seen[name] = row.place
+        if name != row.default_id:  # those differ by themselves
+            earlier = seen.setdefault(xxhash.xxh3_128_intdigest(name.encode("utf-8", "replace")), number)
+            if earlier != number:
+                raise InputError(
+                    f"{row.place}: the id {name!r} was already used, by record {earlier}: make the ids unique"
+                )
         domain = row.fields.get(domain_field) if domain_field else None
         document = dataclasses.replace(found, id=name, domain=domain if isinstance(domain, str) else "")
         counts.documents += 1

@@ -135,21 +135,37 @@ def _refuse_empty(facts: Mapping[str, Mapping[str, Any]], uncapped: Mapping[str,
 
 
 def _read(sources: Sequence[TextSource], open_source: Callable[[TextSource], Iterator[Document]]) -> Iterator[Document]:
-    domains = [source.domain for source in sources]
+    domains = [source.domain for source in sources if source.path != EMBEDDED]
     taken: set[int] = set()
     for number, source in enumerate(sources):
         if source.path == EMBEDDED:
             yield from itertools.chain.from_iterable(embedded_documents(source.limit_bytes).values())
             continue
-        several = domains.count(source.domain) > 1
+        several = len(domains) > 1 and (None in domains or domains.count(source.domain) > 1)
+        others: dict[str, int] = {}
         for document in open_source(source):
+            domain = source.domain or _domain(document)
+            if document.domain not in ("", domain):
+                others[document.domain] = others.get(document.domain, 0) + 1
             # Ids are unique within a source; its domain, else also its number, makes them so within the corpus.
-            name = f"{source.domain}/{document.id}"
+            name = f"{domain}/{document.id}"
             if several:
                 key = xxhash.xxh3_128_intdigest(name.encode())
-                name = f"{source.domain}:{number}/{document.id}" if key in taken else name
+                name = f"{domain}:{number}/{document.id}" if key in taken else name
                 taken.add(key)
-            yield dataclasses.replace(document, id=name, domain=source.domain)
+            yield dataclasses.replace(document, id=name, domain=domain)
+        if others:
+            shown = ", ".join(f"{name!r} ({count} documents)" for name, count in sorted(others.items())[:5])
+            say(f"{source.path}: domain {source.domain!r} of the configuration takes the place of the records' {shown}")
+
+
+def _domain(document: Document) -> str:
+    if document.domain == "mean":
+        raise InputError(
+            f"document {document.id!r} says that its domain is 'mean', which is the results table's mean over domains; "
+            "set `domain` of its source, or rename it in the data"
+        )
+    return document.domain or "text"
 
 
 def read_source(source: TextSource, counts: ReadCounts | None = None) -> Iterator[Document]:

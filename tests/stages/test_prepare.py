@@ -125,3 +125,25 @@ def test_duplicates_of_held_out_text_leave_the_training_text(tmp_path):
     assert texts_of["test"] == ["text   3", "text 5\n", "other"]
     assert texts_of["train"] == [f"text {i}" for i in range(20) if i not in (3, 5)]
     assert manifest.facts["duplicates"] == 3
+
+
+def test_records_keep_their_domain_unless_the_configuration_names_one(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    domains = ["web", "books", "", None]
+    lines = ({"id": str(i), "text": f"text {i}", "domain": domains[i % 4]} for i in range(40))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def found(root, **source):
+        _prepared(root, [{"path": str(path), **source}])
+        documents = [d for name in ("train", "valid", "test") for d in read_corpus(root / "corpus", name)]
+        assert all(d.id.startswith(f"{d.domain}/") for d in documents)
+        return {name: sum(d.domain == name for d in documents) for name in sorted({d.domain for d in documents})}
+
+    assert found(tmp_path / "own") == {"books": 10, "text": 20, "web": 10}
+    assert "takes the place" not in capsys.readouterr().err
+    assert found(tmp_path / "named", domain="mine") == {"mine": 40}
+    said = capsys.readouterr().err
+    assert "domain 'mine' of the configuration takes the place of the records' 'books' (10 documents), 'web'" in said
+    path.write_text('{"text": "x", "domain": "mean"}\n')
+    with pytest.raises(InputError, match="its domain is 'mean'"):
+        found(tmp_path / "mean")
