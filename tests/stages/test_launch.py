@@ -29,10 +29,10 @@ def program(text: str) -> list[str]:
 def test_each_process_is_told_who_it_is_and_labelled(capfd, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=/nowhere")
     names = ("COORDINATOR", "PROCESSES", "LOCAL_DEVICES")
-    told = (
-        "[os.environ['FUSEJAX_' + name] for name in %r] + [os.environ['JAX_NUM_CPU_DEVICES'], os.environ['XLA_FLAGS']]"
+    names = [*(f"FUSEJAX_{name}" for name in names), "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"]
+    code = launch_local(
+        program(f"import json; print(json.dumps([os.environ[n] for n in {names}]))"), procs=2, devices=4
     )
-    code = launch_local(program(f"import json; print(json.dumps({told % (names,)}))"), procs=2, devices=4)
     out, err = capfd.readouterr()
     assert code == 0
     address, *rest = json.loads(out)  # of process 0 alone, as it wrote it
@@ -64,7 +64,8 @@ def test_codes_that_a_scheduler_reads_are_kept(code):
 
 
 def test_a_process_ended_by_a_signal_gives_a_shells_code():
-    assert launch_local(program("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"), procs=2) == 137
+    text = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"
+    assert launch_local(program(text), procs=2, grace=0.2) == 137
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
