@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,9 @@ def losses(result):
     return [h["loss"] for h in result.history]
 
 
-def on_mesh(kind=AxisType.Auto):
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(kind,) * 2)
+def on_mesh(kind=AxisType.Auto, shape=(2, 4)):
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(kind,) * 2, devices=devices)
     specs = jax.tree.map(lambda _: P(), toy_params())
     if kind is AxisType.Auto:
         specs["head"]["kernel"] = P("fsdp", None)
@@ -110,9 +113,14 @@ def test_a_mesh_gives_the_same_losses_to_rounding(whole, kind):
 
 
 def test_resuming_on_another_topology_continues_to_rounding(whole, tmp_path):
-    run(10, checkpoint_dir=tmp_path, **on_mesh())
-    rest = run(20, checkpoint_dir=tmp_path)
-    np.testing.assert_allclose(losses(rest), losses(whole)[10:], rtol=1e-5)
+    run(10, checkpoint_dir=tmp_path / "8", **on_mesh())
+    for count in (1, 2, 4):
+        shutil.copytree(tmp_path / "8", tmp_path / str(count))
+        rest = run(20, checkpoint_dir=tmp_path / str(count), **(on_mesh(shape=(1, count)) if count > 1 else {}))
+        np.testing.assert_allclose(losses(rest), losses(whole)[10:], rtol=1e-5)
+        # The same order of data, to the token.
+        counts = [[h["trained_tokens"] for h in history] for history in (rest.history, whole.history[10:])]
+        assert counts[0] == counts[1]
 
 
 def test_moments_lie_like_their_parameters():

@@ -81,6 +81,7 @@ class StateWriter:
         remove_orphans(self._directory)
         barrier(f"orphans {self._directory}", seconds=_WAIT_SECONDS)
         self._manager = _manager(self._directory, keep=keep, background=background)
+        self._commit = self._manager.wait_until_finished
 
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
         """Begins to save a pytree of arrays as `directory/step`.
@@ -145,7 +146,7 @@ class StateWriter:
     def _await(self) -> None:
         try:
             with silenced():  # also what Orbax's own threads have to say meanwhile
-                self._manager.wait_until_finished()
+                self._commit()
         except Exception as error:  # raised in the caller's thread
             self._failure = error
 

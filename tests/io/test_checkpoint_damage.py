@@ -1,0 +1,123 @@
+"""Damage of every kind in the steps of a run, and what the writer in the background leaves."""
+
+import errno
+import logging
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusejax.io.checkpoint import (
+    DamagedCheckpoint,
+    StateWriter,
+    all_steps,
+    restore_newest_state,
+    restore_train_state,
+    save_train_state,
+)
+from tests.paths import ROOT
+
+# One leaf: when several reads fail at once, Orbax closes its event loop under those that answer later.
+TREE = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(40, 20)), jnp.float32)}
+EXTRA = {"loader": {"step": 3}}
+
+
+def files_of(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+FLIPPED = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    from fusejax.io.checkpoint import DamagedCheckpoint, restore_train_state, save_train_state
+    from tests.io.test_checkpoint_damage import EXTRA, TREE, files_of
+    directory, refused = Path(sys.argv[1]), []
+    save_train_state(directory, 3, TREE, EXTRA)
+    for file in files_of(directory / "3"):
+        raw = file.read_bytes()
+        for at in (0, len(raw) // 2, len(raw) - 1):
+            changed = bytearray(raw)
+            changed[at] ^= 1 << (at % 8)
+            file.write_bytes(changed)
+            try:
+                restore_train_state(directory, TREE)
+                refused.append(f"{file}: not refused")
+            except DamagedCheckpoint:
+                refused.append("")
+        file.write_bytes(raw)
+    state, extra = restore_train_state(directory, TREE)
+    assert extra == EXTRA and np.array_equal(state["w"], TREE["w"])
+    print(len(refused), *filter(None, refused))
+"""
+
+
+def test_a_flipped_bit_in_any_file_of_a_step_is_refused(tmp_path):
+    # In a process of its own: Orbax prints what it thinks of such files, also when nobody listens any more.
+    code = textwrap.dedent(FLIPPED)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    count, *wrong = ran.stdout.split(maxsplit=1)
+    assert int(count) > 24 and not wrong
+
+
+def test_a_damaged_step_is_gone_back_over_only_when_asked(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save_train_state(tmp_path, step, {"w": TREE["w"] * step}, EXTRA, keep=None)
+    for step in (2, 3):
+        file = max(files_of(tmp_path / str(step)), key=lambda path: path.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-30] + bytes(30))
+    with pytest.raises(DamagedCheckpoint):
+        restore_newest_state(tmp_path, TREE)
+    assert all_steps(tmp_path) == [1, 2, 3]
+    with caplog.at_level(logging.ERROR, logger="fusejax"):
+        state, _, step = restore_newest_state(tmp_path, TREE, on_damaged="previous")
+    assert step == 1
+    np.testing.assert_array_equal(state["w"], TREE["w"])
+    assert "GOING BACK to step 2" in caplog.text and "GOING BACK to step 1" in caplog.text
+    assert all_steps(tmp_path) == [1] and (tmp_path / "3.damaged").is_dir()
+    save_train_state(tmp_path, 3, TREE, EXTRA, keep=None)  # its place is free again
+    assert restore_newest_state(tmp_path, TREE)[2] == 3
+    file = max(files_of(tmp_path / "1"), key=lambda path: path.stat().st_size)
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DamagedCheckpoint):  # there is none before it
+        restore_newest_state(tmp_path, TREE, step=1, on_damaged="previous")
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, TREE | {"large": jnp.zeros((500, 500))})
+    with StateWriter(tmp_path, keep=None) as writer:
+        for step in (1, 2, 3):
+            state = add(state)
+            writer.save(step, state)
+            state = add(state)  # in the same memory
+            writer.check()
+    for step in (1, 2, 3):
+        found, _ = restore_train_state(tmp_path, state, step=step)
+        np.testing.assert_array_equal(found["large"], np.full((500, 500), 2 * step - 1))
+
+
+def test_a_failure_in_the_background_is_raised_once_and_the_next_save_works(tmp_path, monkeypatch):
+    with StateWriter(tmp_path) as writer:
+        writer.save(1, TREE)
+        writer.wait()
+        commit = writer._commit
+        monkeypatch.setattr(writer, "_commit", lambda: (commit(), _no_space()))
+        writer.save(2, TREE)
+        with pytest.raises(OSError, match="intact; make room and go on") as caught:
+            while True:
+                writer.check()
+        assert caught.value.errno == errno.ENOSPC
+        monkeypatch.undo()
+        writer.check()
+        writer.save(3, TREE)
+    assert all_steps(tmp_path)[-1] == 3
+
+
+def _no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
