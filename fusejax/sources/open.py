@@ -46,10 +46,13 @@ class Source:
     url: str | None = None
     revision: str | None = None
     run_its_code: bool = False
+    identity: str | None = None  # in place of what weights or a server say
 
     @cached_property
     def fingerprint(self) -> str:
         """What identifies the model; reads all weights the first time that it is asked for."""
+        if self.identity is not None:
+            return self.identity
         if self.url is not None:
             return fingerprint_of({"served": self.name, "revision": self.revision})
         return model_fingerprint(self.directory)
