@@ -29,16 +29,18 @@ deserves_restart() {
   [ "$1" -eq 85 ] || [ "$1" -eq 75 ] || [ "$1" -ge 129 ]
 }
 
-# worst_code CODE...: the one to act on: 2 before all, then 1, then whatever deserves a restart, then 0.
-worst_code() {
-  local code worst=0
-  for code in "$@"; do
-    case "$code:$worst" in
-      0:*) ;;
-      2:* | *:0) worst=$code ;;
-      *:2) ;;
-      1:*) worst=1 ;;
-    esac
-  done
-  echo "$worst"
+# run_noting_end COMMAND...: runs it and notes in the directory $FUSEJAX_ENDS when and how it ended. SIGTERM is left to it.
+run_noting_end() {
+  local code=0
+  trap : TERM
+  "$@" || code=$?
+  echo "$code" >"$FUSEJAX_ENDS/$(date +%s.%N).${SLURM_PROCID:-0}"
+  return "$code"
+}
+
+# first_end DIR CODE: how the first process ended, as the others lose a peer by that and end in other ways; else CODE.
+first_end() {
+  local first
+  first=$(find "$1" -type f -size +0 ! -exec grep -qx 0 {} \; -print | sort -V | head -n 1)
+  if [ -n "$first" ]; then cat "$first"; else echo "$2"; fi
 }

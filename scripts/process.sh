@@ -11,4 +11,8 @@ set -euo pipefail
 
 use_fusejax
 use_device_settings
-exec fusejax "$@"
+if [ -n "${FUSEJAX_ENDS:-}" ]; then
+  run_noting_end fusejax "$@" || exit
+else
+  exec fusejax "$@"
+fi
