@@ -28,8 +28,8 @@ def program(text: str) -> list[str]:
 
 def test_each_process_is_told_who_it_is_and_labelled(capfd, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=/nowhere")
-    names = ("COORDINATOR", "PROCESSES", "LOCAL_DEVICES")
-    names = [*(f"FUSEJAX_{name}" for name in names), "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"]
+    ours = ("COORDINATOR", "PROCESSES", "LOCAL_DEVICES")
+    names = [*(f"FUSEJAX_{name}" for name in ours), "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"]
     code = launch_local(
         program(f"import json; print(json.dumps([os.environ[n] for n in {names}]))"), procs=2, devices=4
     )
