@@ -11,22 +11,22 @@ action=${1:-} dir=$(realpath -m "${2:?usage: one_machine_slurm.sh start|stop DIR
 packages=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libmunge2)
 
 unpack() {
-  mkdir -p "$dir/deb" "$dir/root"
+  mkdir -p "$dir/deb" "$dir/tree"
   if ! compgen -G "$dir/deb/slurmctld_*.deb" >/dev/null; then
     (cd "$dir/deb" && apt-get download -qq "${packages[@]}")
   fi
-  for deb in "$dir"/deb/*.deb; do dpkg -x "$deb" "$dir/root"; done
+  for deb in "$dir"/deb/*.deb; do dpkg -x "$deb" "$dir/tree"; done
 }
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 configure() {
   local libraries plugins
-  plugins=$(dirname "$(find "$dir/root" -name auth_none.so)")
+  plugins=$(dirname "$(find "$dir/tree" -name auth_none.so)")
   libraries="$plugins:$(dirname "$plugins")"
   mkdir -p "$dir/state" "$dir/spool" "$dir/bin"
-  for program in "$dir"/root/usr/bin/*; do ln -sf "$program" "$dir/bin/"; done
-  for program in slurmctld slurmd slurmstepd; do ln -sf "$dir/root/usr/sbin/$program-wlm" "$dir/bin/$program"; done
+  for program in "$dir"/tree/usr/bin/*; do ln -sf "$program" "$dir/bin/"; done
+  for program in slurmctld slurmd slurmstepd; do ln -sf "$dir/tree/usr/sbin/$program-wlm" "$dir/bin/$program"; done
   cat >"$dir/env.sh" <<ENV
 export SLURM_CONF="$dir/slurm.conf" PATH="$dir/bin:\$PATH"
 export LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
@@ -46,6 +46,7 @@ CredType=cred/none
 ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2
 PluginDir=$plugins
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
