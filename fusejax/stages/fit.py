@@ -3,7 +3,7 @@
 Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
 """
 
-__all__ = ["Optimization", "fit", "loss_function", "placement", "schedule_and_optimizer"]
+__all__ = ["Optimization", "fit", "loss_function", "peak_share", "placement", "schedule_and_optimizer"]
 
 import dataclasses
 import json
@@ -22,8 +22,11 @@ from fusejax.io.manifest import fingerprint_of, write_json
 from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
+from fusejax.models.flops import flops_per_token
 from fusejax.parallel import batch_sharding, is_first, make_mesh, param_shardings, process_count
+from fusejax.parallel.device_kinds import find_device_kind
 from fusejax.stages.together import meet
+from fusejax.train.faults import FaultPolicy
 from fusejax.train.loop import TrainResult
 from fusejax.train.loop import train as train_loop
 from fusejax.train.optimizer import make_optimizer, make_schedule, warmup_steps_from_ratio
@@ -63,8 +66,11 @@ def fit(
     checkpoint_every: int = 500,
     log_every: int = 10,
     tensorboard: bool = False,
+    wandb_project: str | None = None,
+    faults: FaultPolicy | None = None,
     evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> TrainResult:
     """Trains `params` in `directory`, going on from its last checkpoint if it belongs to the same plan.
 
@@ -81,7 +87,9 @@ def fit(
       mesh: sizes of the mesh axes; None or all 1: one device.
       max_steps: stop earlier than the loader's end.
       accumulation, compute_dtype, remat, checkpoint_every, log_every, tensorboard: see `TrainConfig`.
+      wandb_project: see `LogConfig`; faults: see `FaultsConfig`.
       evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
+      watch: sees the number and the metrics of each step; may raise.
     """
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
     total = min(len(loader), max_steps or len(loader))
@@ -105,10 +113,13 @@ def fit(
             metrics=directory / "metrics.jsonl",
             log_every=log_every,
             tensorboard_dir=directory / "tensorboard" if tensorboard else None,
+            wandb_project=wandb_project,
             schedule=schedule,
+            annotate=peak_share(config, loader.seq_len, devices=math.prod((mesh or {}).values())),
+            faults=faults or FaultPolicy(),
             evaluate=evaluate,
             evaluate_every=evaluate_every,
-            on_step=_reporter(bar, tokens_per_step),
+            on_step=_reporter(bar, tokens_per_step, watch),
             **placed,
         )
 
@@ -132,7 +143,9 @@ def schedule_and_optimizer(config: ModelConfig, options: Optimization, total: in
     return schedule, optimizer
 
 
-def _reporter(bar: Progress, tokens_per_step: int) -> Callable[[int, Mapping[str, float]], None]:
+def _reporter(
+    bar: Progress, tokens_per_step: int, watch: Callable[[int, Mapping[str, float]], None] | None
+) -> Callable[[int, Mapping[str, float]], None]:
     """Shows each step; steps of an earlier run do not count in the rate."""
     last = 0
 
@@ -141,11 +154,28 @@ def _reporter(bar: Progress, tokens_per_step: int) -> Callable[[int, Mapping[str
         if not last:
             last = step - 1
             bar.start_at(last * tokens_per_step)
-        shown = {name: values[name] for name in ("loss", "clm_nats", "fusion_nats") if values.get(name)}
+        names = ("loss", "clm_nats", "fusion_nats", "peak_share")
+        shown = {name: values[name] for name in names if values.get(name)}
         bar.update((step - last) * tokens_per_step, step=step, **shown)
         last = step
+        if watch is not None:
+            watch(step, values)
 
     return on_step
+
+
+def peak_share(
+    config: ModelConfig, seq_len: int, *, devices: int
+) -> Callable[[Mapping[str, float]], dict[str, float]] | None:
+    """Returns what adds the share of the devices' peak to a step's metrics; None where the peak is not known.
+
+    Counted are the multiply-adds that the model needs, forward once and backward twice, not those computed again.
+    """
+    kind = find_device_kind(jax.devices()[0].device_kind)
+    if kind is None:
+        return None
+    per_token, peak = flops_per_token(config, seq_len), kind.bf16_flops * max(devices, 1)
+    return lambda values: {"peak_share": values["tokens_per_second"] * per_token / peak}
 
 
 def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping[str, Any], mesh: Any) -> Any:
