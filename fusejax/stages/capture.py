@@ -3,22 +3,26 @@
 __all__ = ["capture", "capture_identity", "capture_settings", "chat_settings", "describe"]
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fusejax.config import ModelRef
-from fusejax.data.corpus import read_corpus
+from fusejax.data.corpus import Document, read_corpus
+from fusejax.data.encoding import DocumentEncoder
 from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.progress import progress, say
 from fusejax.io.store import Record
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import check_vocabulary
-from fusejax.parallel.processes import process_count
+from fusejax.parallel.processes import is_first, process_count
 from fusejax.sources.capture import capture_shard, record_of
 from fusejax.sources.open import Source, describe_source, jax_score, open_source
 from fusejax.stages.capture_size import documents_per_shard
 from fusejax.stages.context import Run, finished
+from fusejax.stages.import_distributions import content_of, import_distributions
 from fusejax.stages.together import close_together, own_mesh, own_shards, shared_writer
+
+_BATCH = 256  # documents encoded at a time
 
 
 def _row_multiple(mesh: Mapping[str, int] | None) -> int:
@@ -32,6 +36,9 @@ def capture(run: Run) -> dict[str, Manifest]:
 
 def describe(run: Run, ref: ModelRef) -> Source:
     """What computes a source of a run, and what identifies it."""
+    if ref.distributions is not None:
+        identity = content_of(ref.distributions)
+        return Source(ref.model, run.model_path(ref), "imported", identity=identity)
     return describe_source(
         run.model_path(ref),
         name=ref.model,
@@ -52,16 +59,25 @@ def capture_settings(run: Run, ref: ModelRef, source: Source) -> dict[str, Any]:
     """How a source is captured; its weights are not read."""
     options = run.config.capture
     context = min(options.context, source.max_positions or options.context)
-    return {
-        "split": "train",
-        "top_k": options.top_k,
-        "context": context,
-        "batch_tokens": max(options.batch_tokens, context),
-        "codec": options.codec,
-        "compute_dtype": options.compute_dtype,
-        "tokenizer": run.tokenizer(ref).fingerprint,
-        "shard_size": _shard_size(run),
-    } | chat_settings(run, ref)
+    return (
+        {
+            "split": "train",
+            "top_k": options.top_k,
+            "context": context,
+            "batch_tokens": max(options.batch_tokens, context),
+            "codec": options.codec,
+            "compute_dtype": options.compute_dtype,
+            "tokenizer": run.tokenizer(ref).fingerprint,
+            "shard_size": _shard_size(run),
+        }
+        | chat_settings(run, ref)
+        | _import_settings(ref)
+    )
+
+
+def _import_settings(ref: ModelRef) -> dict[str, Any]:
+    given = ref.distributions
+    return {} if given is None else {"distributions": given.model_dump(mode="json", exclude={"path"})}
 
 
 def chat_settings(run: Run, ref: ModelRef, key: str = "chat_template") -> dict[str, str]:
@@ -96,6 +112,8 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
     context, shard_size = settings["context"], settings["shard_size"]
     if done := finished(directory, kind="captured", settings=settings, parents=parents):
         return done
+    if ref.distributions is not None:
+        return import_distributions(run, name, ref, settings=settings, parents=parents)
     tokenizer, encoder = run.tokenizer(ref), run.encoder(ref)
     if note := probe_tokenizer(tokenizer):
         say(f"capture {name}: {note}")
@@ -128,7 +146,19 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
             writer.flush()
             bar.update(sum(document.n_bytes for document in shard))
     facts = {"documents": len(documents), "seconds": time.monotonic() - start}
+    facts["unpredicted_bytes"] = _unpredicted_bytes(encoder, documents)
     return close_together(writer, count, facts=lambda _: facts)
+
+
+def _unpredicted_bytes(encoder: DocumentEncoder, documents: Sequence[Document]) -> int:
+    """Bytes of first tokens, which nothing predicts where the tokenizer has no start token."""
+    if encoder.tokenizer.start_id is not None or not is_first():
+        return 0
+    total = 0
+    for first in range(0, len(documents), _BATCH):
+        part = encoder.encode_batch(documents[first : first + _BATCH])
+        total += sum(int(found.byte_ends[0]) if len(found.byte_ends) else found.n_bytes for found in part)
+    return total
 
 
 def _bytes(documents: Any, shard: int, size: int) -> int:

@@ -90,9 +90,10 @@ class Run:
 
     def model_path(self, ref: ModelRef) -> Path:
         """The directory of a model, downloaded first where it is a hub name."""
-        key = f"{ref.model}@{ref.revision}" + (" tokenizer" if ref.url else "")
+        weights = ref.url is None and ref.distributions is None
+        key = f"{ref.model}@{ref.revision}" + ("" if weights else " tokenizer")
         if key not in self._resolved:
-            self._resolved[key] = resolve_model(ref.model, revision=ref.revision, weights=ref.url is None)
+            self._resolved[key] = resolve_model(ref.model, revision=ref.revision, weights=weights)
         return self._resolved[key]
 
     def fingerprint(self, ref: ModelRef) -> str:

@@ -80,7 +80,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
 def _models(run: Run) -> dict[str, ModelRef]:
     """Models by the name in the table, in the table's order."""
     config = run.config
-    found = {f"source:{source.name}": source for source in config.sources}
+    # Of a source whose distributions were imported there is no model to evaluate.
+    found = {f"source:{source.name}": source for source in config.sources if source.distributions is None}
     found["target"] = config.target
     arms = (["clm"] if config.train.baseline else []) + [fusion.name for fusion in config.fusions]
     arms += ["merged"] if config.merge else []
@@ -114,7 +115,8 @@ def _evaluate_one(run: Run, name: str, ref: ModelRef, documents: Sequence[Docume
         for score in found.documents[writer.resume_at :]:
             arrays = {"realised_logprob": score.realised_logprob, "byte_ends": score.byte_ends}
             writer.write(Record(documents[score.index].id, {"index": score.index, "n_bytes": score.n_bytes}, arrays))
-        writer.finish(facts={"nll_nats": found.nll_nats, "tokens": found.tokens, "bytes": found.n_bytes})
+        facts = {"nll_nats": found.nll_nats, "tokens": found.tokens, "bytes": found.n_bytes}
+        writer.finish(facts=facts | {"unpredicted_bytes": found.unpredicted_bytes})
     return _read_scores(directory)
 
 
@@ -174,6 +176,7 @@ def command(name: str, words: list[str]) -> Result:
         "nll_nats": found.nll_nats,
         "tokens": found.tokens,
         "bytes": found.n_bytes,
+        "unpredicted_bytes": found.unpredicted_bytes,
         "documents": len(found.documents),
         "empty_documents": counts.empty,
     }

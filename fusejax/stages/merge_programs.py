@@ -5,6 +5,7 @@ program, which XLA fuses with the arithmetic into one loop over the chunk; a res
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from fusejax.merging.varm import varm_shares
 
 __all__ = [
     "MERGEKIT_FLOOR", "change_bits", "changed_counts", "changes", "combined", "crumbs", "elect", "element_shares",
-    "erase", "first_target", "importance_bits", "line", "outliers", "pure", "run_formula", "second_row", "shifted",
-    "spanned_rows", "spread_bits", "sum_of_two", "thinned_sizes", "towards_mean", "trimmed_sizes", "widened_rows",
+    "energy_sums", "erase", "first_target", "importance_bits", "line", "outliers", "product_sums", "pure",
+    "run_formula", "second_row", "shifted", "spanned_rows", "spread_bits", "sum_of_two", "thinned_sizes",
+    "towards_mean", "trimmed_sizes",
 ]  # fmt: skip
 
 MERGEKIT_FLOOR = 1e-6  # mean squares below it count as none, and so does a divisor
@@ -49,20 +51,49 @@ def run_formula(raw: jax.Array, numbers: Any, *, formula: Any, options: Any, dty
 
 
 @jax.jit
-def widened_rows(raw: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns every row of a raw chunk [R, C] in float32."""
-    return tuple(_widen(row) for row in raw)
+def changes(raw: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the difference of every later row from row 0, [C] each."""
+    rows = _widen(raw)
+    return tuple(rows[j] - rows[0] for j in range(1, len(rows)))
 
 
 @jax.jit
-def changes(raw: jax.Array, selected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Returns the difference of every later row from row 0, [C] each; 0 where a selection is given and misses."""
+def energy_sums(raw: jax.Array, selected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns sums of squared differences from row 0, as `_folded`; of what is selected, if that is given."""
     rows = _widen(raw)
     found = [rows[j] - rows[0] for j in range(1, len(rows))]
     if selected:
         mask = _mask(_spread(rows), *selected)
         found = [jnp.where(mask, change, 0) for change in found]
-    return tuple(found)
+    return tuple(_folded(jnp.square(change)) for change in found)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "has_base"))
+def product_sums(raw: jax.Array, *, kind: str, has_base: bool = True) -> list[list[jax.Array]]:
+    """Returns sums of products of vectors, as `_folded`, for i and every j <= i.
+
+    Args:
+        raw: [R, C].
+        kind: of the vectors: "rows", "changes" from row 0, or "spanned" as `fusejax.merging.gram` has it.
+        has_base: whether row 0 is a base, for "spanned".
+    """
+    rows = _widen(raw)
+    if kind == "rows":
+        vectors = rows
+    elif kind == "changes":
+        vectors = rows[1:] - rows[0]
+    else:
+        vectors = spanned(*_split(rows, has_base))
+    return [[_folded(vectors[i] * vectors[j]) for j in range(i + 1)] for i in range(len(vectors))]
+
+
+def _folded(values: jax.Array) -> jax.Array:
+    """Adds up eighths of [C], for numpy to sum the rest pairwise: in one loop with what made the values.
+
+    Half the time of numpy's dot product, which wants the values in memory, and a hundredth of its error.
+    """
+    parts = math.gcd(len(values), 8)
+    return _total(list(values.reshape(parts, -1)))
 
 
 @jax.jit

@@ -104,9 +104,7 @@ def energies(chunks: Chunks, selected: Selection | None = None) -> np.ndarray:
     total = np.zeros(len(chunks.tensors) - 1)
     for start, count, raw in chunks:
         numbers = () if selected is None else selected.numbers(start, count)
-        for j, change in enumerate(programs.changes(raw, numbers)):
-            change = np.asarray(change)
-            total[j] += float(np.dot(change, change))
+        total += [np.sum(np.asarray(part)) for part in programs.energy_sums(raw, numbers)]
     return total
 
 
@@ -135,7 +133,7 @@ def _prepare_pure(
 
 def _ranks(chunks: Chunks) -> np.ndarray:
     """Ranks within rows, [J, rows, row], of the changes in what the chunks' buffer holds."""
-    changes = np.stack([np.asarray(change) for change in programs.changes(chunks.buffer, ())])
+    changes = np.stack([np.asarray(change) for change in programs.changes(chunks.buffer)])
     return row_ranks(np.abs(changes).reshape(len(changes), -1, chunks.row))
 
 
@@ -146,7 +144,7 @@ def _narrowed(value: Any) -> np.ndarray:
 def _prepare_slerp(method: str, chunks: Chunks, values: Mapping[str, Any], has_base: bool) -> Prepared:
     del method, has_base
     t = float(values["t"])
-    products = _products(chunks, programs.widened_rows)
+    products = _products(chunks, kind="rows")
     norms = math.sqrt(products[0, 0]) * math.sqrt(products[1, 1])
     cosine = products[0, 1] / norms if norms else 0.0
     if not abs(cosine) <= _NEARLY_PARALLEL:
@@ -159,17 +157,17 @@ def _prepare_slerp(method: str, chunks: Chunks, values: Mapping[str, Any], has_b
 def _prepare_spherical(method: str, chunks: Chunks, values: Mapping[str, Any], has_base: bool) -> Prepared:
     if method == "nuslerp" and not values["flatten"] and not values["row_wise"]:
         return _prepare_pure(method, chunks, values, has_base)
-    vectors = functools.partial(programs.spanned_rows, has_base=has_base)
     if chunks.row > 1:  # nuslerp along the first axis: products of columns
         count = len(chunks.tensors) - has_base
         products = np.zeros((count, count, chunks.row))
         for _, _, raw in chunks:
-            found = [np.asarray(vector).reshape(-1, chunks.row) for vector in vectors(raw)]
+            vectors = programs.spanned_rows(raw, has_base=has_base)
+            found = [np.asarray(vector).reshape(-1, chunks.row) for vector in vectors]
             for i in range(count):
                 for j in range(count):
                     products[i, j] += np.einsum("rc,rc->c", found[i], found[j])
     else:
-        products = _products(chunks, vectors)
+        products = _products(chunks, kind="spanned", has_base=has_base)
     normalized = values.get("normalize_weights", True)
     if normalized and not np.any(np.diagonal(products)[..., 1:]):
         return _fixed(programs.first_target, options={"has_base": has_base})  # all equal: bit by bit
@@ -185,7 +183,7 @@ def _prepare_stock(method: str, chunks: Chunks, values: Mapping[str, Any], has_b
     if values["filter_wise"]:
         return _prepare_pure(method, chunks, values, has_base)
     with jax.enable_x64(True):
-        ratio = np.float32(stock_ratio(_products(chunks, lambda raw: programs.changes(raw, ()))))
+        ratio = np.float32(stock_ratio(_products(chunks, kind="changes")))
     return _fixed(programs.towards_mean, ratio)
 
 
@@ -290,15 +288,15 @@ def _prepare_fusion(method: str, chunks: Chunks, values: Mapping[str, Any], has_
     return _fixed(programs.outliers, limit, options={"row": chunks.row})
 
 
-def _products(chunks: Chunks, vectors_of: Callable[[np.ndarray], Sequence[jax.Array]]) -> np.ndarray:
-    """Inner products, [J, J] float64, of the vectors that are made of every chunk."""
+def _products(chunks: Chunks, *, kind: str, has_base: bool = True) -> np.ndarray:
+    """Inner products, [J, J] float64, of the vectors that `programs.product_sums` makes of every chunk."""
     total: Any = 0.0
     for _, _, raw in chunks:
-        vectors = [np.asarray(vector) for vector in vectors_of(raw)]
-        found = np.empty((len(vectors), len(vectors)))
-        for i, vector in enumerate(vectors):
-            for j in range(i + 1):
-                found[i, j] = found[j, i] = np.dot(vector, vectors[j])
+        lower = programs.product_sums(raw, kind=kind, has_base=has_base)
+        found = np.zeros((len(lower), len(lower)))
+        for i, row in enumerate(lower):
+            for j, part in enumerate(row):
+                found[i, j] = found[j, i] = np.sum(np.asarray(part))
         total = total + found
     if not np.all(np.isfinite(total)):
         raise OverflowError

@@ -28,6 +28,7 @@ def check_before(run: Run, names: Collection[str]) -> None:
             source = describe(run, ref)
             if source.vocab_size is not None:
                 check_vocabulary(run.tokenizer(ref), source.vocab_size, str(path))
+            run.encoder(ref)  # has a chat template where the corpus has conversations
     if "train" in names:
         path = run.model_path(config.target)
         model = open_config(path)

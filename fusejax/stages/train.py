@@ -30,6 +30,7 @@ from fusejax.stages.fuse import PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
 from fusejax.stages.together import meet
+from fusejax.stages.trained_share import ShareAlarm
 from fusejax.train.faults import FaultPolicy
 from fusejax.types import EventGroups
 
@@ -100,6 +101,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         faults=FaultPolicy(**config.faults.model_dump()),
         evaluate=_validation(run, start.config, mesh) if options.evaluate_every else None,
         evaluate_every=options.evaluate_every or 0,
+        watch=ShareAlarm(f"train {arm}", read_manifest(run.corpus_dir, kind="corpus").facts["splits"]["train"]),
     )
     params = jax.tree.map(lambda new, old: to_host(new, dtype=old.dtype), result.state.params, start.params)
     facts = {
