@@ -101,7 +101,7 @@ def test_lines_can_be_evaluated_and_leave_what_the_user_has_set(monkeypatch):
     xla, nccl, fraction = done.stdout.splitlines()
     assert xla.startswith(GOOD) and xla.endswith(os.environ["XLA_FLAGS"])
     assert xla.count("all_gather_combine") == 1
-    assert (nccl, fraction) == ("INFO", "0.9")
+    assert (nccl, fraction) == ("INFO", "0.92")
 
 
 def test_rejected_flags_are_named_and_not_printed(tmp_path, capsys):
