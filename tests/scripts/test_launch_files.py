@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -192,6 +193,28 @@ def test_ssh_does_not_repeat_a_mistake(tmp_path, code):
     done = _run(tmp_path, ["scripts/ssh.sh", str(hosts), "train", "x"], FUSEJAX_SSH=f"bash {ssh}")
     assert done.returncode == code
     assert done.stderr.count("== start") == 1
+
+
+def test_ssh_hands_a_signal_on_and_does_not_start_again(tmp_path):
+    ssh = _fake(tmp_path, "reach", SSH)
+    body = 'trap "exit 85" TERM; touch "$HOME/up$FUSEJAX_PROCESS"; while true; do sleep 0.1; done'
+    _fake(tmp_path, "fusejax", body)
+    own = {"FUSEJAX_VENV": str(tmp_path), "FUSEJAX_FLAGS": "none", "HOME": str(tmp_path), "FUSEJAX_SSH": f"bash {ssh}"}
+    script = subprocess.Popen(
+        ["bash", "scripts/ssh.sh", "one two", "train", "x"],
+        cwd=ROOT,
+        env={**os.environ, **own},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 30
+    while not ((tmp_path / "up0").exists() and (tmp_path / "up1").exists()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    script.terminate()
+    said = script.communicate(timeout=30)[1]
+    assert script.returncode == 85, said
+    assert said.count("== start") == 1
 
 
 def test_tpu_vm_says_which_command_runs_where(tmp_path):
