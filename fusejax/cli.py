@@ -140,6 +140,9 @@ def _guarded(call: Callable[[], Any]) -> int:
         return _fail("not a valid configuration:\n  " + "\n  ".join(problems), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # who reads our output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"the disk is full ({error.filename or error.strerror}); free space and run it again", 1)

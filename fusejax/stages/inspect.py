@@ -4,6 +4,7 @@ __all__ = ["command"]
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fusejax.data.interchange import export_parquet
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, read_manifest
 from fusejax.io.models import open_config
-from fusejax.io.store import RecordReader
+from fusejax.io.store import RecordReader, shard_index
 from fusejax.stages.command import Result, parser
 
 _STORED = ("captured", "aligned", "fused", "scores")
@@ -43,7 +44,29 @@ def command(name: str, words: list[str]) -> Result:
         if not 0 <= given.record < len(reader):
             raise InputError(f"record {given.record} of {len(reader)} in {given.directory}")
         data["record"] = _describe(reader[given.record])
-    return Result(data, json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    return Result(data, "\n".join(_lines(_without_shards(data))))
+
+
+def _without_shards(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with one entry for all shards, of which there may be thousands."""
+    files = data.get("files", {})
+    shards = [entry for name, entry in files.items() if shard_index(name) is not None]
+    if len(shards) < 2:
+        return data
+    joined = {key: sum(entry.get(key, 0) for entry in shards) for key in ("records", "bytes")}
+    others = {name: entry for name, entry in files.items() if shard_index(name) is None}
+    return data | {"files": others | {f"{len(shards)} shards": joined}}
+
+
+def _lines(data: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """`key: value` lines; what has no further levels stands on one."""
+    for key, value in data.items():
+        if isinstance(value, dict) and (not indent or any(isinstance(inner, dict) for inner in value.values())):
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            yield f"{indent}{key}: {shown}"
 
 
 def _describe(record: Any) -> dict[str, Any]:

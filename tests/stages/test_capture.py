@@ -93,6 +93,18 @@ def test_the_manifest_names_the_codec(material):
     assert CaptureConfig.model_validate({"dtype": "float16"}).codec == "float16"
 
 
+def test_inspect_shows_a_record_and_joins_the_shards(material):
+    reader = RecordReader(Run(material[0]).captured_dir("b"))
+    found = inspect("inspect", [str(reader.directory), "--record", "3"])
+    shards = sum(name.endswith(".array_record") for name in found.data["files"])
+    lines = found.text.splitlines()
+    assert shards > 1
+    assert any(line.startswith(f'  {shards} shards: {{"records": {len(reader)}, "bytes": ') for line in lines)
+    assert not any("records-0000" in line for line in lines)
+    assert {"kind: captured", "  top_k: 4", f"  doc_id: {reader[3].doc_id}"} <= set(lines)
+    assert any(line.startswith('    topk_ids: {"dtype": "int32"') for line in lines)
+
+
 def test_inspect_writes_parquet(material, tmp_path):
     reader = RecordReader(Run(material[0]).captured_dir("b"))
     found = inspect("inspect", [str(reader.directory), "--to-parquet", str(tmp_path / "b.parquet")])
