@@ -85,6 +85,15 @@ class ModelRef(Config):
         return name
 
     @model_validator(mode="after")
+    def _no_secret(self) -> "ModelRef":
+        """Configurations are kept beside every artefact; a key has no place in them, nor in this message."""
+        from urllib.parse import urlsplit
+
+        if urlsplit(self.url or "").query:
+            raise ValueError("url must hold no user, password or query; the key is read from FUSEJAX_API_KEY")
+        return self
+
+    @model_validator(mode="after")
     def _backend_fits(self) -> "ModelRef":
         needed = {"openai": True, "jax": False, "torch": False}.get(self.backend)
         if needed is not None and needed != (self.url is not None):

@@ -91,7 +91,8 @@ def _explain(error: ValidationError, where: str) -> InputError:
             known = _fields_at(RunConfig, item["loc"][:-1])
             lines.append(f"{path}: unknown key.{nearest(str(item['loc'][-1]), known)} Known: {', '.join(known)}")
         else:
-            shown = f", got {item['input']!r}" if not isinstance(item["input"], dict) else ""
+            secret = isinstance(item["input"], dict) or item["loc"][-1:] == ("url",)  # it may hold a password
+            shown = "" if secret else f", got {item['input']!r}"
             lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": "))
     return InputError(f"{where} is not a valid configuration:\n  " + "\n  ".join(lines))
 

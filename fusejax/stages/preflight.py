@@ -2,19 +2,24 @@
 
 __all__ = ["check_before"]
 
+import importlib.util
+import shutil
 from collections.abc import Collection
 
 from fusejax.errors import InputError
 from fusejax.io.models import open_config
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.merging.registry import resolve
+from fusejax.models import count_params
 from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import placement
 
+_CHECKPOINTS, _STATE_BYTES = 3, 12  # float32 parameter and two moments
+
 
 def check_before(run: Run, names: Collection[str]) -> None:
-    """Checks models, tokenizers, mesh, row length and merge of the stages that are going to run.
+    """Checks models, tokenizers, mesh, row length, disk and merge of the stages that are going to run.
 
     Weights are not read; hub names are downloaded here.
 
@@ -35,6 +40,23 @@ def check_before(run: Run, names: Collection[str]) -> None:
         if config.train.seq_len > model.max_positions:
             raise InputError(f"train.seq_len is {config.train.seq_len}, but {path} has {model.max_positions} positions")
         placement(model, config.mesh.model_dump())
+        _check_disk(run, count_params(model))
+        if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+            raise InputError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it")
     if "merge" in names and config.merge is not None:
         targets = config.merge.targets or config.fusions
         resolve(config.merge.method, config.merge.parameters, len(targets), True)
+
+
+def _check_disk(run: Run, params: int) -> None:
+    """Refuses a training whose checkpoints do not fit: two are kept while a third is written, one arm at a time."""
+    trained = run.train_dir("any").parent
+    there = sum(path.stat().st_size for path in trained.rglob("*") if path.is_file()) if trained.is_dir() else 0
+    needed = _CHECKPOINTS * _STATE_BYTES * params - there
+    free = shutil.disk_usage(run.directory).free
+    if needed > free:
+        raise InputError(
+            f"the checkpoints of a training need {needed / 1e9:.1f} GB ({params / 1e9:.2f}e9 parameters, "
+            f"{_STATE_BYTES} bytes each, {_CHECKPOINTS} at a time), {run.directory} has {free / 1e9:.1f} GB free; make "
+            "room, or set `output` on another disk"
+        )

@@ -1,8 +1,14 @@
 """Mistakes in late stages are told before the first one."""
 
+import json
+import time
+from types import SimpleNamespace
+
 import pytest
 
+from fusejax.config import load_config
 from fusejax.errors import InputError
+from fusejax.stages import preflight
 from fusejax.stages.run import run_stages
 from tests.stages.tiny import make_config
 
@@ -32,3 +38,40 @@ def test_a_target_without_tokenizer_is_told_before_capture(tmp_path):
     with pytest.raises(InputError, match=r"target has no tokenizer.json"):
         run_stages(config)
     assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_a_large_model_is_judged_by_its_configuration_alone(tmp_path, monkeypatch):
+    """7e9 parameters, of which there is no byte: what they need of the disk and of the mesh is told within seconds."""
+    config = make_config(tmp_path)
+    large = json.loads((tmp_path / "target" / "config.json").read_text())
+    large |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    large |= {"num_key_value_heads": 32, "head_dim": 128}
+    (tmp_path / "target" / "config.json").write_text(json.dumps(large))
+    for path in (tmp_path / "target").glob("*.safetensors"):
+        path.unlink()
+    usage = SimpleNamespace(total=0, used=0, free=100 * 10**9)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"checkpoints of a training need 23\d\.\d GB \(6\.\d+e9.* has 100\.0 GB free"):
+        run_stages(config, ("train",))
+    with pytest.raises(InputError, match=r"(?s)`mesh`: .*heads = 32 over tensor = 5"):
+        run_stages(config.model_copy(update={"mesh": config.mesh.model_copy(update={"tensor": 5})}), ("train",))
+    assert time.monotonic() - began < 10
+
+
+def test_wandb_that_is_not_installed_is_told_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    config = make_config(tmp_path)
+    log = config.log.model_copy(update={"wandb_project": "fusion"})
+    with pytest.raises(InputError, match="pip install wandb"):
+        run_stages(config.model_copy(update={"log": log}), ("train",))
+
+
+@pytest.mark.parametrize("url", ["http://me:canary@host/v1", "http://host/v1?key=canary"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(tmp_path, url):
+    (tmp_path / "c.yaml").write_text(
+        f"output: x\ntarget: t\nsources: [{{model: m, url: '{url}'}}]\ncorpus: {{train: [{{path: a}}]}}\n"
+    )
+    with pytest.raises(InputError, match="url") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "canary" not in str(caught.value)
