@@ -116,11 +116,38 @@ def test_node_lists_that_jax_reads_wrongly_are_refused(given, nodes, readable):
     assert given(environment, coordinator="gpu01-ib:1")["args"] == ("gpu01-ib:1", None, None)
 
 
-BARRIERS = """
-    import time
-    from fusejax.parallel.processes import barrier, is_first, process_count, process_index, start_processes
+TOGETHER = """
+    import jax, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from fusejax.parallel import batch_sharding, make_mesh, own_rows, to_host
+    from fusejax.parallel import barrier, collect, is_first, process_count, process_index, start_processes
 
-    assert start_processes(timeout=60) == process_count() == 2
+    assert start_processes(timeout=60) == process_count() == jax.process_count() == 2
+    assert process_index() == jax.process_index()
+    assert collect("who", {"rank": process_index()}, seconds=30) == [{"rank": 0}, {"rank": 1}]
+    assert collect("who", process_index(), seconds=30) == [0, 1]
+
+    def same(found, expected, dtype):
+        if is_first():
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == dtype
+        else:
+            assert found is None
+
+    batch, stacked = np.arange(24).reshape(8, 3), np.arange(96).reshape(3, 4, 8)
+    for sizes, rows in [((2, 2, 1), 4), ((1, 2, 2), 4), ((1, 1, 4), 8)]:  # the last: one row on all devices
+        mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)))
+        rows_on = batch_sharding(mesh)
+        own = own_rows(rows_on, 8)
+        assert len(own) == rows
+        placed = jax.make_array_from_process_local_data(rows_on, batch[own])
+        assert placed.shape == batch.shape
+        for shard in placed.addressable_shards:
+            np.testing.assert_array_equal(shard.data, batch[shard.index])
+        same(to_host(placed, dtype=np.float32), batch, np.float32)
+        split = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+        same(to_host(jax.make_array_from_callback(stacked.shape, split, lambda i: stacked[i])), stacked, np.int32)
+    same(to_host(batch), batch, np.int64)
     for _ in range(2):  # a barrier can be passed again
         barrier("both", seconds=30)
     if is_first():
@@ -133,12 +160,13 @@ BARRIERS = """
 """
 
 
-def test_a_barrier_names_who_is_missing():
+def test_two_processes_share_rows_and_arrays_and_a_barrier_names_who_is_missing():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"FUSEJAX_COORDINATOR": address, "FUSEJAX_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", textwrap.dedent(BARRIERS)]
+    environment |= {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(TOGETHER)]
     ranks = [
         subprocess.Popen(command, env=environment | {"FUSEJAX_PROCESS": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -151,4 +179,4 @@ def test_a_barrier_names_who_is_missing():
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "barrier 'only one': process 1 did not come within 0.5 s" in first
     assert first.endswith("process 0\n")
-    assert second == "process 1\n"
+    assert second.endswith("process 1\n")
