@@ -61,7 +61,7 @@ class FusionBatch(NamedTuple):
     mask: Array  # [B, T] float32, 1 where the label is trained
     targets: TopK  # ids [B, T, M, K], in the target's vocabulary
     partition: Array  # [B, T, M] int32, row of the group tables (one per source), -1: no distribution
-    weights: Array  # [B, T, M] float32, mixing weights, summing to 1 where there is a distribution
+    weights: Array  # [B, T, M] float32, mixing weights, summing to 1 over distributions; a chain repeats its source's
 
 
 class TrainState(NamedTuple):

@@ -12,6 +12,7 @@ __all__ = [
     "EvaluateConfig",
     "FaultsConfig",
     "FusionConfig",
+    "ImportConfig",
     "LogConfig",
     "LossConfig",
     "MergeConfig",
@@ -24,7 +25,7 @@ __all__ = [
     "save_config",
 ]
 
-from fusejax.config.inputs import CorpusConfig, ModelRef, TextSource
+from fusejax.config.inputs import CorpusConfig, ImportConfig, ModelRef, TextSource
 from fusejax.config.run import RunConfig, load_config, save_config
 from fusejax.config.stages import (
     AlignConfig,

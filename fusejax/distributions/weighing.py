@@ -2,10 +2,10 @@
 
 Mean cross-entropy per token compares tokenizers as much as models. Here a realised token's negative
 log-likelihood is spread evenly over the bytes it covers, so that two sources can be compared over any window of
-bytes. The per-token score of the papers is kept for parity.
+bytes. (The papers' score per own token is `fusejax.alignment.parity.fusion.window_metric`.)
 """
 
-__all__ = ["choose_min", "softmin_weights", "token_ce_scores", "window_bits_per_byte", "window_of_bytes"]
+__all__ = ["choose_min", "softmin_weights", "window_bits_per_byte", "window_of_bytes"]
 
 import numpy as np
 
@@ -41,11 +41,6 @@ def window_bits_per_byte(
     knots = np.concatenate([starts[:1], stops[wide]])  # bytes before a missing bos were not predicted
     total = np.diff(np.interp(edges, knots, cumulative)) + steps
     return total / (np.log(2) * np.diff(edges))
-
-
-def token_ce_scores(realised_logprob: np.ndarray, n_windows: int) -> np.ndarray:
-    """The papers' score: mean nats per own token over the document, repeated for each window, [W]."""
-    return np.full(n_windows, -np.mean(np.asarray(realised_logprob, np.float64)))
 
 
 def window_of_bytes(byte_ends: np.ndarray, n_bytes: int, *, window_bytes: int | None) -> np.ndarray:

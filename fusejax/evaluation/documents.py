@@ -64,6 +64,11 @@ class Evaluation(NamedTuple):
         return sum(document.n_bytes for document in self.documents)
 
     @property
+    def unpredicted_bytes(self) -> int:
+        """Bytes that count though no label covers them: first tokens, where the tokenizer has no start token."""
+        return sum(document.unpredicted_bytes for document in self.documents)
+
+    @property
     def bits_per_byte(self) -> float:
         """Bits per byte of all documents together."""
         return bits_per_byte(self.nll_nats, self.n_bytes)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from fusejax.distributions.weighing import (
     choose_min,
     softmin_weights,
-    token_ce_scores,
     window_bits_per_byte,
     window_of_bytes,
 )
@@ -54,10 +53,6 @@ def test_windows_of_positions():
     assert window_of_bytes(np.array([0, 3, 4, 8, 10]), 10, window_bytes=4).tolist() == [0, 0, 1, 2, 2]
     assert window_of_bytes(np.array([0, 3]), 10, window_bytes=None).tolist() == [0, 0]
     assert window_of_bytes(np.array([0]), 0, window_bytes=4).tolist() == [0]
-
-
-def test_token_score_is_the_papers_mean():
-    np.testing.assert_allclose(token_ce_scores(np.array([-1.0, -3.0]), 3), [2.0, 2.0, 2.0])
 
 
 def test_nan_never_wins_and_ties_go_to_the_first():
