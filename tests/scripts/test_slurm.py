@@ -108,7 +108,8 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_loss(slurm, place):
     job = f"sbatch --parsable --ntasks-per-node=2 --output={log} scripts/slurm.sbatch"
     submitted = _sh(f"{slurm}; {job} train {place}/run.yaml --mesh.data 2", **_environment(place))
     number = submitted.stdout.strip()
-    _wait(lambda: log.exists() and " step=1 " in log.read_text(), 200, log)
+    _wait(lambda: log.exists() and any(word in log.read_text() for word in (" step=1 ", "== ended")), 200, log)
+    assert "== ended" not in log.read_text(), log.read_text()
     _sh(f"{slurm}; scancel --signal=TERM {number}")
     alone = f"JAX_NUM_CPU_DEVICES=2 {place}/bin/fusejax train {place}/alone.yaml --mesh.data 2"
     _sh(alone, seconds=300, **_environment(place))
