@@ -96,5 +96,8 @@ def logits_gradient(
     alive = (grad_logsum != 0).any(axis=-1) | (grad_z != 0).any(axis=-1)
     inverse = jnp.where(jnp.isfinite(stats.logsum), jnp.exp(-stats.logsum), 0.0)
     factor = grad_logsum / jnp.asarray(spec.temperatures, jnp.float32) * inverse
+    # Never true, but XLA cannot know: the gathered logits are then read before the gradient takes their memory.
+    above = (stats.z > 1.0).any(axis=-1, keepdims=True)
+    factor = jnp.where(above & (inverse > 0), 0.0, factor)
     rows = RowGradient(stats.shift, factor, alive)
     return dispatch.gradient(logits, local, limit, rows, jnp.where(local >= 0, grad_z, 0.0), spec, dtype=dtype)
