@@ -23,7 +23,7 @@ from fusejax.alignment.parity import (
     statistics_map,
     vocabulary_of_bytes,
 )
-from fusejax.alignment.parity.choose import FALLBACK
+from fusejax.alignment.parity.choose import FALLBACK, Choice
 from fusejax.alignment.parity.transform import ONE_HOT
 from fusejax.alignment.report import ALIGNED, DROPPED
 from fusejax.io.maps import kept_map
@@ -204,3 +204,23 @@ def test_maps_are_kept_by_tokenizers(tmp_path):
     (tmp_path / "file").write_text("")
     kept(a, b, "file/maps")
     assert len(made) == 6
+
+
+def test_the_last_of_several_target_tokens_has_the_source_tokens_distribution():
+    source, target = Vocabulary(["▁hello", "!"], "▁"), Vocabulary(["▁hel", "lo", "!", "la"], "▁")
+    table = literal_ids(source, target)
+    for last, expected in ((1, 0), (3, FALLBACK)):
+        found = beside((0, 0), (0, 0), (1, 1))
+        args = found, np.array([0, 1]), np.array([0, last, 2]), source, target, table
+        assert choose_fusellm(*args).source.tolist() == [FALLBACK, expected, 1]
+        assert choose_fusellm(*args, reference_bugs=True).source.tolist() == [FALLBACK, FALLBACK, 1]
+
+
+def test_the_released_programs_keep_the_first_of_entries_that_meet():
+    table = np.array([0, 0, 2], np.int32)
+    dist = sparse([[(0, 0.4), (1, 0.3), (2, 0.1)]], 3)
+    choice = Choice(np.array([0], np.int32), {})
+    moved, _ = aligned_topk(dist, choice, table, np.array([5]), reference_bugs=True)
+    assert moved.ids.tolist() == [[0, 2, -1]]
+    np.testing.assert_allclose(np.exp(moved.logprobs[0, :2]), [0.4, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(moved.residual_logprob), [0.5], rtol=1e-5)
