@@ -1,0 +1,108 @@
+"""What a training step holds on one device, item by item, without compiling it for that device.
+
+Parameters and optimiser state follow from the shardings, exactly. What the forward pass keeps follows from the
+shapes of the program's own residuals, exactly. Temporaries are a sum of what must exist at the fullest moment:
+
+    always    gradients of the step and, with accumulation, of the micro-batch (float32, sharded like parameters);
+              the gathered embedding and its gradient (float32), the gathered head (compute dtype)
+    and       backward through one layer: its recomputed residuals, its gathered weights and their gradients;
+    or        the loss: the head's gradient twice (float32; summed here and over devices), a chunk of logits.
+
+The processor's compiler is no guide to the last part: it computes bfloat16 in float32, so it holds up to twice as
+much (docs/plan.md has the table). Compilers of accelerators schedule the rest differently, by some percent.
+"""
+
+__all__ = ["Memory", "layer_bytes", "measure", "predict"]
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fusejax.models import param_table
+from fusejax.parallel import ShardingRules, spec_for
+from fusejax.stages.plan_program import Compiled, Shape, local_share
+
+_STATE = 4  # bytes of a parameter, of each moment and of a gradient: float32
+
+
+class Memory(NamedTuple):
+    """Bytes of one device."""
+
+    params: int
+    optimizer: int
+    activations: int
+    temporaries: int
+    items: dict[str, int]  # what temporaries are made of, where that is known
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.params + self.optimizer + self.activations + self.temporaries
+
+    def per_device(self) -> dict[str, int]:
+        """The figures by name, for JSON."""
+        names = ("params", "optimizer", "activations", "temporaries", "total")
+        return {name: int(getattr(self, name)) for name in names}
+
+
+def _split(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Path -> (elements of one device, elements of its part over `tensor` alone)."""
+    rules, found = ShardingRules(), {}
+    for path, row in param_table(shape.model).items():
+        ways = tensor = 1
+        for entry in spec_for(row.axes, rules):
+            for axis in (entry,) if isinstance(entry, str) else entry or ():
+                ways *= shape.mesh[axis]
+                tensor *= shape.mesh[axis] if axis == "tensor" else 1
+        size = math.prod(row.shape)
+        found[path] = -(-size // ways), -(-size // tensor)
+    return found
+
+
+def _bytes(leaves: list[jax.ShapeDtypeStruct]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def _stacked(shape: Shape, remat: str) -> list[jax.ShapeDtypeStruct]:
+    return [x for x in local_share(shape, remat=remat) if x.shape[:1] == (shape.model.num_layers,)]
+
+
+def predict(shape: Shape) -> Memory:
+    """Returns the memory of a step by the sum above; takes about a second and no devices."""
+    sizes, layers = _split(shape), shape.model.num_layers
+    width = jnp.dtype(shape.model.dtype).itemsize
+    local = sum(own for own, _ in sizes.values())
+    in_layers = sum(whole for path, (_, whole) in sizes.items() if path.startswith("layers."))
+    kept, everything = _stacked(shape, shape.model.remat), _stacked(shape, "none")
+    embed = sizes["embed.embedding"][1]
+    head = sizes.get("head.kernel", sizes["embed.embedding"])[1]
+    gathered = shape.mesh["fsdp"] > 1
+    layer_weights = width * in_layers // layers
+    columns = shape.model.vocab_size // shape.mesh["tensor"]
+    items = {
+        "gradients": _STATE * local * (2 if shape.accumulation > 1 else 1),
+        "embedding": _STATE * embed * (2 if gathered else 1),
+        "head": width * head if gathered or width != _STATE else 0,
+    }
+    # without rematerialisation what a layer needs is kept already; about half of it again is in flight
+    share = 0.5 if shape.model.remat == "none" else 1.0
+    backward = int(share * _bytes(everything) / layers) + layer_weights
+    loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
+    items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
+    return Memory(_STATE * local, 2 * _STATE * local, _bytes(kept), sum(items.values()), items)
+
+
+def measure(shape: Shape, compiled: Compiled) -> Memory:
+    """Returns the memory of a step as its compiler states it; parameters, moments and activations as predicted."""
+    found = predict(shape)
+    batch = compiled.argument_bytes - found.params - found.optimizer
+    kept = min(found.activations, compiled.temporary_bytes)
+    return Memory(found.params, found.optimizer, kept, compiled.temporary_bytes - kept + max(batch, 0), {})
+
+
+def layer_bytes(shape: Shape) -> int:
+    """Returns the bytes that one layer makes in the forward pass of a micro-batch, its weights left out."""
+    weights = {tuple(row.shape) for path, row in param_table(shape.model).items() if path.startswith("layers.")}
+    return _bytes([x for x in _stacked(shape, "none") if x.shape not in weights]) // shape.model.num_layers
