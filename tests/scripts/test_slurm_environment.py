@@ -1,4 +1,4 @@
-"""What a process computes from what SLURM and scripts/slurm.sbatch set: two nodes, a task per GPU. SLURM is not needed."""
+"""What a process makes of the variables of SLURM and scripts/slurm.sbatch: two nodes, a task per GPU, no SLURM."""
 
 import jax
 import pytest
