@@ -3,9 +3,10 @@
     python benchmarks/train_step.py [--json FILE] [--rounds N]
 
 The target of `fusejax quickstart` (1 million parameters, V = 2048) and of K = 10 symbols per position over a partition
-of two thirds as many symbols, with the real step: model, `batch_fusion_loss`, AdamW, clipping. Both steps take turns in
-one process. `ratio` is of processor time, the median of each round's ratio, since other load disturbs wall time.
-`seconds` is the median wall time; `peak_bytes` is the compiler's, arguments and results included.
+of two thirds as many symbols, with the real step: model, `batch_fusion_loss`, AdamW, clipping. Events have 256 slots
+per position (the default of `loss.max_members`), or 64. The steps take turns in one process. `ratio` is of processor
+time, the median of each round's ratio, since other load disturbs wall time. `seconds` is the median wall time;
+`peak_bytes` is the compiler's, arguments and results included.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from fusejax.types import EventGroups, FusionBatch, TopK
 VOCAB, K, LENGTH = 2048, 10, 256
 MODEL = ModelConfig(VOCAB, 128, 344, 4, 4, 2, max_positions=LENGTH, tie_embeddings=True)
 SHAPES = (2, 8)  # rows per batch: what the quickstart takes, and a common size
-CLM, FUSION = "CLM only", "CLM and fusion"
+CLM, FUSION, FEWER = "CLM only", "CLM and fusion", "CLM and fusion, 64 members"
 
 
 def random_partition(rng: np.random.Generator) -> tuple[EventGroups, np.ndarray]:
@@ -97,13 +98,14 @@ def measure(calls: dict[str, Callable], rounds: int) -> dict[str, tuple[list[flo
 
 
 def rows_of(rows: int, rounds: int) -> list[dict]:
-    """Measures both steps on batches of `rows` rows."""
+    """Measures the steps on batches of `rows` rows."""
     rng = np.random.default_rng(0)
     groups, symbols = random_partition(rng)
     batch = random_batch(rng, rows, symbols)
     made = {
         CLM: compiled_step({"clm_weight": 1.0, "fusion_weight": 0.0}, None, batch),
         FUSION: compiled_step({"clm_weight": 0.9, "fusion_weight": 0.1}, groups, batch),
+        FEWER: compiled_step({"clm_weight": 0.9, "fusion_weight": 0.1, "max_members": 64}, groups, batch),
     }
     times = measure({name: call for name, (call, _) in made.items()}, rounds)
     out = []

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import LseGather, linear_fusion_loss, lse_gather
@@ -110,22 +110,26 @@ def test_what_is_missing_is_said():
             aot_compile(chip, jnp.sin, shape(8))
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_kernels_lower_inside_a_shard_map(axis_type, check_vma):
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
-    options = {"temperatures": (1.0, 2.0), "valid_vocab": 32000 - 3, "vocab_axis": "tensor", "implementation": "tpu"}
+def test_kernels_lower_inside_a_shard_map(platform, axis_type, check_vma):
+    gpu = {"abstract_device": AbstractDevice("NVIDIA H200", 132, "cuda")} if platform == "cuda" else {}
+    mesh = AbstractMesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2, **gpu)
+    options = {"temperatures": (1.0, 2.0), "valid_vocab": 32000 - 3, "vocab_axis": "tensor"}
 
     def local(logits, ids):
-        return jax.grad(lambda x: sum(y.sum() for y in lse_gather(x, ids, **options)))(logits)
+        call = functools.partial(lse_gather, implementation=KERNELS[platform], **options)
+        return jax.grad(lambda x: sum(y.sum() for y in call(x, ids)))(logits)
 
     specs = P("data", "tensor"), P("data", None)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
     shapes = (256, 32000, jnp.bfloat16), (256, 5, jnp.int32)
     arguments = [
         jax.ShapeDtypeStruct((t, n), d, sharding=jax.NamedSharding(mesh, s))
         for (t, n, d), s in zip(shapes, specs, strict=True)
     ]
-    lowered = lower_for("tpu", mapped, *arguments)
-    assert count_kernels(lowered, "tpu") == 2
+    with jax.sharding.use_abstract_mesh(mesh):
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
+        lowered = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=(platform,))
+    assert count_kernels(lowered, platform) == 2
     assert "all_gather" not in lowered.as_text()
