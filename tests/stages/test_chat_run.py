@@ -175,6 +175,7 @@ def test_it_trains_and_is_evaluated_on_what_is_trained(run):
         assert record.header["n_bytes"] == document.trained_bytes
 
 
+@pytest.mark.slow
 def test_the_papers_alignment_takes_conversations_too(tmp_path):
     config = _config(tmp_path, align={"positions": "dtw", "vocabulary": "statistics"})
     corpus = config.corpus.model_dump(mode="json") | {"max_train_bytes": 900}
