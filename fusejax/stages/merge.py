@@ -146,6 +146,7 @@ def _merge(recipes: list[dict[str, Any]], given: argparse.Namespace) -> "Result"
     }
     data["fingerprint"] = fingerprint_of({key: value for key, value in data.items() if key != "out"})
     text = f"{method} of {len(targets)} targets -> {given.out}"
+    text += "".join(f"\nnote: {note}" for note in record["notes"])
     if record["skipped"]:
         text += f"\n{len(record['skipped'])} tensors are the base's, as an input was not finite; see README.md there"
     return Result(data, text)
@@ -197,11 +198,14 @@ def _explain(recipes: list[dict[str, Any]]) -> "Result":
     from fusejax.stages.merge_explain import explain, explanation_text
     from fusejax.stages.merge_files import opened_job
 
-    if len(recipes) > 1:
-        raise InputError("--explain takes one stage; the inputs of later stages do not exist yet")
-    with opened_job(recipes[0], {}) as job:
-        found = explain(job)
-    return Result(found, explanation_text(found))
+    stages, planned = [], {}
+    for read in recipes:
+        with opened_job(read, {}, planned=planned) as job:
+            stages.append(explain(job))
+        if "name" in read:
+            planned[read["name"]] = job
+    text = "\n\n".join(explanation_text(found) for found in stages)
+    return Result(stages[0] if len(stages) == 1 else {"stages": stages}, text)
 
 
 def _methods() -> str:

@@ -28,6 +28,7 @@ def explain(job: Job) -> dict[str, Any]:
     outputs = {step.output for step in plan.tensors}
     heads = [n for n in outputs if n.endswith(("lm_head.weight", "embed_out.weight"))]
     return {
+        "name": job.read.get("name"),
         "method": method,
         "coefficients": _SOURCES.get(method, "none per matrix"),
         "tensors": len(tensors),
@@ -75,7 +76,8 @@ def _tensor(job: Job, step: Any) -> dict[str, Any]:
 def explanation_text(found: dict[str, Any]) -> str:
     """Returns the same for people."""
     lines = [
-        f"{found['method']}: {found['tensors']} tensors ({found['matrices']} matrices), "
+        (f"stage {found['name']}, " if found["name"] else "")
+        + f"{found['method']}: {found['tensors']} tensors ({found['matrices']} matrices), "
         f"{found['parameters']:,} parameters; nothing has been read but headers",
         f"  coefficients      {found['coefficients']}",
         f"  to read           {found['bytes_to_read']:,} bytes (some of them more than once)",

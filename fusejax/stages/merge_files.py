@@ -7,10 +7,9 @@ coefficients `coefficients.json` and a heat map.
 """
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +20,13 @@ from fusejax.io.hf import TOKENIZER_FILES
 from fusejax.io.manifest import fingerprint_of, write_json
 from fusejax.io.models import resolve_model
 from fusejax.io.progress import progress
-from fusejax.io.stream_read import ModelTensors, equal_tensors, open_tensors
+from fusejax.io.stream_read import ModelTensors, StoredTensor, equal_tensors, open_tensors
 from fusejax.io.stream_tokens import extended_tokenizer, read_tokens
 from fusejax.io.stream_write import Staging, TensorWriter, open_staging, refuse_occupied
 from fusejax.merging.plan import MergePlan, ModelFacts, TensorSpec
 from fusejax.merging.planner import plan_merge
 from fusejax.merging.recipe import Recipe, parse_recipe
+from fusejax.stages.merge_configs import compare_configs, output_config, read_config
 from fusejax.stages.merge_engine import Made, carry_out
 from fusejax.stages.merge_scan import Scan, scan_inputs
 
@@ -54,6 +54,7 @@ class Job(NamedTuple):
     plan: MergePlan
     directories: Mapping[str, Path]  # of every model
     models: Mapping[str, ModelTensors]
+    configs: Mapping[str, Mapping[str, Any]]  # every model's config.json
 
     @property
     def targets(self) -> list[str]:
@@ -63,14 +64,16 @@ class Job(NamedTuple):
 
 @contextlib.contextmanager
 def opened_job(
-    read: Mapping[str, Any], directories: Mapping[str, Path], *, scratch: Path | None = None
-) -> Iterator[Job]:
+    read: Mapping[str, Any], directories: Mapping[str, Path], *, scratch: Path | None = None,
+    planned: Mapping[str, Job] | None = None,
+) -> Iterator[Job]:  # fmt: skip
     """Opens the models of a recipe and plans the merge; reads headers only.
 
     Args:
         read: the recipe, a mapping as YAML gives it.
         directories: where models lie whose name is no directory and no hub name.
         scratch: where checkpoints are unpacked.
+        planned: earlier stages by name, whose results need not exist yet; the job then serves to be explained.
 
     Raises:
         InputError: whatever makes the merge impossible or senseless.
@@ -79,12 +82,21 @@ def opened_job(
     listed = [source.model for piece in recipe.slices for source in piece.sources]
     chosen = [recipe.tokenizer] if recipe.tokenizer not in (None, "base", "union", "truncate") else []
     names: list[str] = list(dict.fromkeys(name for name in [recipe.base, *listed, *chosen] if name is not None))
-    places = {name: directories.get(name) or resolve_model(name) for name in names}
+    planned = {name: job for name, job in (planned or {}).items() if name in names}
+    places = {name: job.directories[_template(job)] for name, job in planned.items()}
+    places |= {name: directories.get(name) or resolve_model(name) for name in names if name not in planned}
     with contextlib.ExitStack() as stack:
-        models = {name: stack.enter_context(open_tensors(place, scratch=scratch)) for name, place in places.items()}
-        facts = {name: _facts(models[name], places[name]) for name in names}
-        job = Job(read, recipe, plan_merge(recipe, facts), places, models)
-        _refuse_twins(job)
+        models = {name: _result(job) for name, job in planned.items()}
+        for name in names:
+            if name not in planned:
+                models[name] = stack.enter_context(open_tensors(places[name], scratch=scratch))
+        facts = {name: _facts(models[name], places[name], planned.get(name)) for name in names}
+        plan = plan_merge(recipe, facts)
+        configs = {name: _config(planned[name]) if name in planned else read_config(places[name]) for name in names}
+        template = {name: configs[name] for name in (recipe.tokenizer, plan.template) if name in configs}
+        plan = plan._replace(notes=(*plan.notes, *compare_configs(template | configs)))
+        job = Job(read, recipe, plan, places, models, configs)
+        _refuse_twins(job, set(planned))
         yield job
 
 
@@ -102,7 +114,7 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
     refuse_occupied(out)
     scan = scan_inputs(plan, job.models, nonfinite=options.nonfinite, threads=threads)
     with open_staging(out, identity) as staging:
-        _small_files(job, staging, shapes)  # first: what is wrong with them is found before hours of work
+        _small_files(job, staging)  # first: what is wrong with them is found before hours of work
         writer = TensorWriter(staging.directory, shapes)
         try:
             with progress("merge", total=writer.total, unit="bytes") as bar:
@@ -135,14 +147,39 @@ def identity_of(job: Job, options: Options) -> str:
     return fingerprint_of({"recipe": job.read, "models": models, "options": kind, "tensors": shapes})
 
 
-def _facts(model: ModelTensors, directory: Path) -> ModelFacts:
+class _Planned(NamedTuple):
+    """A tensor that an earlier stage will write."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
+
+    def load(self) -> StoredTensor:
+        raise RuntimeError(f"{self.where} is not made yet")
+
+    def read_into(self, start: int, out: Any) -> None:
+        self.load()
+
+
+def _result(job: Job) -> ModelTensors:
+    """What a job will write, without values."""
+    name = str(job.read["name"])
+    tensors: dict[str, StoredTensor] = {
+        step.output: _Planned(*_output_spec(job, step), name) for step in job.plan.tensors
+    }
+    return ModelTensors(job.directories[_template(job)], tensors, [], name)
+
+
+def _facts(model: ModelTensors, directory: Path, planned: Job | None) -> ModelFacts:
     specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in model.tensors.items()}
+    if planned is not None and planned.plan.rows:
+        return ModelFacts(specs, {token: i for i, token in enumerate(planned.plan.tokens) if token is not None})
     return ModelFacts(specs, read_tokens(directory))
 
 
-def _refuse_twins(job: Job) -> None:
+def _refuse_twins(job: Job, planned: Collection[str]) -> None:
     """A target given twice would get twice its weight without being asked for."""
-    targets = job.targets
+    targets = [name for name in job.targets if name not in planned]
     for j, name in enumerate(targets):
         for other in targets[:j]:
             same = job.directories[name].resolve() == job.directories[other].resolve()
@@ -160,7 +197,7 @@ def _output_spec(job: Job, step: Any) -> tuple[tuple[int, ...], str]:
     return shape, step.dtype
 
 
-def _small_files(job: Job, staging: Staging, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+def _small_files(job: Job, staging: Staging) -> None:
     """Configuration, tokenizer, chat template and generation settings of the template."""
     source, plan = job.directories[_template(job)], job.plan
     for name in TOKENIZER_FILES:
@@ -168,22 +205,12 @@ def _small_files(job: Job, staging: Staging, shapes: Mapping[str, tuple[tuple[in
             shutil.copyfile(source / name, staging.directory / name)
     if job.recipe.tokenizer == "union" and plan.rows:
         (staging.directory / "tokenizer.json").write_text(extended_tokenizer(source, plan.tokens), encoding="utf-8")
-    path = source / "config.json"
-    if not path.is_file():
-        raise InputError(f"{source} has no config.json to copy; expected a Hugging Face model directory")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if plan.rows:
-        config["vocab_size"] = len(plan.tokens)
-    if plan.num_layers is not None:
-        config["num_hidden_layers"] = plan.num_layers
-    heads = [name for name in shapes if name.endswith(("lm_head.weight", "embed_out.weight"))]
-    if config.get("tie_word_embeddings") and any(name not in job.models[plan.template].tensors for name in heads):
-        config["tie_word_embeddings"] = False
-    dtypes = {dtype for _, dtype in shapes.values() if dtype.startswith(("float", "bfloat"))}
-    for key in ("dtype", "torch_dtype"):
-        if key in config and len(dtypes) == 1:
-            config[key] = dtypes.copy().pop()
-    write_json(staging.directory / "config.json", config)
+    write_json(staging.directory / "config.json", _config(job))
+
+
+def _config(job: Job) -> dict[str, Any]:
+    dtypes = {step.output: step.dtype for step in job.plan.tensors}
+    return output_config(job.plan, job.configs, _template(job), dtypes)
 
 
 def _template(job: Job) -> str:

@@ -36,7 +36,7 @@ def read_recipes(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"no recipe at {path}")
     try:
         documents = [read for read in yaml.safe_load_all(path.read_text(encoding="utf-8")) if read is not None]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no valid YAML: {error}") from error
     if not documents or not all(isinstance(read, dict) for read in documents):
         raise InputError(f"{path} holds no mapping; expected a recipe with method, base and targets")
@@ -68,14 +68,21 @@ def flags_to_parameters(words: list[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             current = name.replace("-", "_")
-            found[current] = [_numeric(yaml.safe_load(value))] if value else []
+            found[current] = [_value(value, current)] if value else []
         elif current is None:
             raise InputError(f"do not know what {word!r} belongs to; parameters are given as --name value")
         else:
-            found[current].append(_numeric(yaml.safe_load(word)))
+            found[current].append(_value(word, current))
     if empty := [name for name, values in found.items() if not values]:
         raise InputError(f"the parameters {empty} have no value")
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _value(word: str, name: str) -> Any:
+    try:
+        return _numeric(yaml.safe_load(word))
+    except yaml.YAMLError as error:
+        raise InputError(f"--{name.replace('_', '-')}: {word!r} is neither a number nor a word") from error
 
 
 def extended(merge: Path, targets: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,13 @@ from fusejax.stages.merge_select import NOTHING, Selection, row_ranks, select
 __all__ = ["Prepared", "energies", "is_chunked", "prepare", "row_length", "statistics_passes"]
 
 _NEARLY_PARALLEL = 0.9995
+# Compiled once for all matrices.
+_STOCK_RATIO = jax.jit(stock_ratio)
+_FACTORS = {
+    "nuslerp": jax.jit(nuslerp_factors),
+    "multislerp": jax.jit(multislerp_factors, static_argnames="normalize_weights"),
+    "karcher": jax.jit(karcher_factors, static_argnames=("max_iter", "tol")),
+}
 
 
 class Prepared(NamedTuple):
@@ -173,9 +180,8 @@ def _prepare_spherical(method: str, chunks: Chunks, values: Mapping[str, Any], h
         return _fixed(programs.first_target, options={"has_base": has_base})  # all equal: bit by bit
     arguments = [np.asarray(values["weights"], np.float64)] if "weights" in values else []
     options = {name: values[name] for name in ("normalize_weights", "max_iter", "tol") if name in values}
-    found = {"nuslerp": nuslerp_factors, "multislerp": multislerp_factors, "karcher": karcher_factors}[method]
     with jax.enable_x64(True):
-        factors = np.asarray(jax.jit(functools.partial(found, **options))(products, *arguments), np.float32)
+        factors = np.asarray(_FACTORS[method](products, *arguments, **options), np.float32)
     return _fixed(programs.combined, factors, options={"has_base": has_base, "row": chunks.row})
 
 
@@ -183,7 +189,7 @@ def _prepare_stock(method: str, chunks: Chunks, values: Mapping[str, Any], has_b
     if values["filter_wise"]:
         return _prepare_pure(method, chunks, values, has_base)
     with jax.enable_x64(True):
-        ratio = np.float32(stock_ratio(_products(chunks, kind="changes")))
+        ratio = np.float32(_STOCK_RATIO(_products(chunks, kind="changes")))
     return _fixed(programs.towards_mean, ratio)
 
 

@@ -111,6 +111,9 @@ def test_a_mesh_gives_the_same_model(models, tmp_path):
     run(*merge_words(models, tmp_path / "mesh", "sce", *flags, "--mesh", "data=1,fsdp=4,tensor=2"))
     run(*merge_words(models, tmp_path / "host", "sce", *flags))
     assert_same(read_model(tmp_path / "mesh"), read_model(tmp_path / "host"))
+    records = [json.loads((tmp_path / name / "merge.json").read_text()) for name in ("mesh", "host")]
+    assert records[0]["inputs"] == records[1]["inputs"]
+    assert all(facts["tensors"] for facts in records[0]["inputs"].values())
 
 
 def test_layers_and_modules_are_weighed_together(models, tmp_path):
