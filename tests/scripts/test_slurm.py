@@ -16,7 +16,7 @@ from tests.paths import ROOT
 from tests.stages.tiny import make_config
 
 HELPER = ROOT / "scripts" / "dev" / "one_machine_slurm.sh"
-STEPS = 200  # some seconds
+STEPS = 120  # long enough to be interrupted
 
 
 def _sh(script, *, seconds=60, check=True, **environment):
@@ -108,12 +108,12 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_loss(slurm, place):
     job = f"sbatch --parsable --ntasks-per-node=2 --output={log} scripts/slurm.sbatch"
     submitted = _sh(f"{slurm}; {job} train {place}/run.yaml --mesh.data 2", **_environment(place))
     number = submitted.stdout.strip()
-    _wait(lambda: log.exists() and any(word in log.read_text() for word in (" step=1 ", "== ended")), 200, log)
+    _wait(lambda: log.exists() and any(word in log.read_text() for word in (" step=1 ", "== ended")), 400, log)
     assert "== ended" not in log.read_text(), log.read_text()
     _sh(f"{slurm}; scancel --signal=TERM {number}")
     alone = f"JAX_NUM_CPU_DEVICES=2 {place}/bin/fusejax train {place}/alone.yaml --mesh.data 2"
     _sh(alone, seconds=300, **_environment(place))
-    _wait(lambda: not _sh(f"{slurm}; squeue -h").stdout.strip(), 300, log)
+    _wait(lambda: not _sh(f"{slurm}; squeue -h").stdout.strip(), 400, log)
 
     said = log.read_text()
     assert "== ended with 85\n== requeued" in said, said
