@@ -57,6 +57,8 @@ TARGETS = {"linear": 3.0, "sce 1.0": 5.0, "sce 0.1": 8.0, "ties 0.6": 8.0}
 SCALES = {
     "full": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
              "num_key_value_heads": 4, "vocab_size": 32000},
+    "medium": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
+               "num_key_value_heads": 4, "vocab_size": 16000},
     "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
@@ -243,7 +245,9 @@ def main() -> None:
     """Generates, measures, cleans up and writes the rows where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="full: 1.1B; small: for a test")
+    parser.add_argument(
+        "--scale", choices=tuple(SCALES), default="full", help="full: 1.1B; medium: 80M; small: for a test"
+    )
     parser.add_argument("--mergekit", help="mergekit-yaml to measure beside it; default: its published numbers")
     parser.add_argument("--dir", type=Path, help="where the models are generated; not in memory (default: here)")
     parser.add_argument("--models", type=Path, help="where the models are, or are generated and kept")
