@@ -64,7 +64,7 @@ CONF
 
 case $action in
   start)
-    unpack && configure
+    unpack; configure
     # shellcheck source=/dev/null
     . "$dir/env.sh"
     slurmctld -i -c

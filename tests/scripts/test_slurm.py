@@ -48,10 +48,18 @@ def slurm(tmp_path_factory):
             _sh(f". {place}/env.sh; scancel --user=$(id -un); bash {HELPER} stop {place}", check=False)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A run that is ready to be trained, twice, and a `fusejax` to call."""
-    root = tmp_path_factory.mktemp("job")
+@pytest.fixture
+def place(tmp_path):
+    """A directory with a `fusejax` to call."""
+    program = tmp_path / "bin" / "fusejax"
+    program.parent.mkdir()
+    program.write_text(f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m fusejax "$@"\n')
+    program.chmod(0o755)
+    return tmp_path
+
+
+def _prepare(root):
+    """Two equal runs, `run` and `alone`, that are ready to be trained."""
     config = make_config(root).model_dump(mode="json", exclude_unset=True)
     del config["merge"]
     config["sources"], config["fusions"] = config["sources"][:1], config["fusions"][:1]
@@ -61,11 +69,6 @@ def place(tmp_path_factory):
         (root / f"{name}.yaml").write_text(yaml.safe_dump(config))
     assert main(["run", str(root / "run.yaml"), "--stages", "prepare,capture,align,fuse"]) == 0
     shutil.copytree(root / "run", root / "alone")
-    program = root / "bin" / "fusejax"
-    program.parent.mkdir()
-    program.write_text(f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m fusejax "$@"\n')
-    program.chmod(0o755)
-    return root
 
 
 def _environment(place: Path) -> dict[str, str]:
@@ -86,7 +89,7 @@ def _wait(condition, seconds, log):
 
 
 @pytest.mark.slow
-def test_options_are_taken_and_wrong_ones_are_not(slurm, place):
+def test_options_are_taken_and_wrong_ones_are_not(slurm):
     good = _sh(f"{slurm}; sbatch --test-only scripts/slurm.sbatch train x.yaml", check=False)
     assert good.returncode == 0 and "to start at" in good.stderr, good.stderr
     bad = _sh(f"{slurm}; sbatch --test-only --gpus-per-node=9 scripts/slurm.sbatch train x.yaml", check=False)
@@ -104,6 +107,7 @@ def test_a_bad_configuration_is_not_requeued(slurm, place):
 
 @pytest.mark.slow
 def test_a_preempted_job_is_requeued_and_ends_with_the_same_loss(slurm, place):
+    _prepare(place)
     log = place / "job.log"
     job = f"sbatch --parsable --ntasks-per-node=2 --output={log} scripts/slurm.sbatch"
     submitted = _sh(f"{slurm}; {job} train {place}/run.yaml --mesh.data 2", **_environment(place))
