@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fusejax.errors import InputError, Preempted, nearest
+from fusejax.errors import PREEMPTED, InputError, Preempted, nearest
 
 
 class _Command(NamedTuple):
@@ -80,10 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _several():
             raise
         error = raised
-    if code and _several():
+    if code == PREEMPTED or (code and _several()):
         from fusejax.train.faults import leave
 
-        leave(code, error=error)  # at once: its peers may be waiting for it
+        # At once: its peers may be waiting for it, and threads in C++ that were interrupted do not outlive Python.
+        leave(code, error=error)
     return code
 
 

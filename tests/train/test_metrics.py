@@ -1,5 +1,7 @@
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,3 +42,22 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     with MetricsWriter(tmp_path / "m.jsonl", tensorboard_dir=tmp_path / "board") as writer:
         writer.write(1, {"loss": 2.0, "note": "x"})
     assert b"loss" in next((tmp_path / "board").iterdir()).read_bytes()
+
+
+def test_wandb_gets_the_numbers_and_no_configuration(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finish")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given) or Run()))
+    for resume in (None, 1):
+        with MetricsWriter(tmp_path / "m.jsonl", wandb_project="fusion", resume_step=resume) as writer:
+            writer.write(1, {"loss": 2.0, "note": "x"})
+    first, second = [call for call in calls if isinstance(call, dict)]
+    assert first["id"] == second["id"] and first["project"] == "fusion" and "config" not in first
+    assert (1, {"loss": 2.0}) in calls and calls.count("finish") == 2

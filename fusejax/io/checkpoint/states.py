@@ -1,9 +1,9 @@
 """The steps of a run: `directory/<step>`, each committed at once or not at all.
 
 `StateWriter` writes in the background: `save` waits for the save before it, takes the checksums, copies the state
-(the train step donates it) and returns; Orbax writes and commits in its threads. Measured on 200 MB on two CPU cores,
-the loop stands still for 0.05 s per save instead of 0.49 s. What a save fails with is raised by the next `check`,
-`save` or `wait`. While a state is written it needs its size again in host memory.
+(the train step donates it) and returns; Orbax writes and commits in its threads. On 200 MB and two busy CPU cores the
+loop stands still for 1.0 s per save instead of 3.0 s (`benchmarks/checkpoint_stall.py`). What a save fails with is
+raised by the next `check`, `save` or `wait`. While a state is written it needs its size again in host memory.
 
 In a job of several processes all call every function here, in the same order; the first one's view of the directory
 counts, because a shared file system does not show everybody the same at once.
