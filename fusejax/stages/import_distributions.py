@@ -86,9 +86,9 @@ def open_distributions(given: ImportConfig) -> Iterator[tuple[Sparse, Mapping[st
     """Yields the sequences of a file, with what else it says: `residual_logprob`, `realised_logprob`."""
     path = Path(given.path)
     if given.layout == "parquet":
-        for record in read_parquet(path, columns=given.columns):
+        for number, record in enumerate(read_parquet(path, columns=given.columns)):
             known = {name: record.arrays[name] for name in ("residual_logprob", "realised_logprob")}
-            yield sparse_of_record(record), known
+            yield sparse_of_record(record)._replace(where=f"{path}, row {number}"), known
     elif given.layout == "maxtext":
         yield from ((sparse, {}) for sparse in read_maxtext(path, normalized=given.normalized))
     else:
