@@ -15,7 +15,8 @@ from typing import Any
 from fusejax.config import RunConfig
 from fusejax.errors import InputError
 from fusejax.io.models import open_config, resolve_model
-from fusejax.models import ModelConfig, count_params, param_table
+from fusejax.models import count_params
+from fusejax.models.flops import flops_per_token
 from fusejax.models.presets import find_preset
 from fusejax.parallel.costs import Assumptions, step_time, wire_bytes
 from fusejax.parallel.device_kinds import DEVICE_KINDS, DeviceKind
@@ -108,7 +109,7 @@ def _work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> 
     rate = shape.tokens / time.expected
     return {
         "flops_per_token": per_token,
-        "flops_per_token_source": "analytic: 6 per matrix parameter, 6 * layers * heads * head_dim * positions seen",
+        "flops_per_token_source": "analytic: 6 per matrix parameter, 12 * layers * heads * head_dim * positions seen",
         "flops_per_token_program": round(flops * shape.devices / shape.tokens),
         "collective_bytes": wire_bytes(found),
         "collectives": _table(found),
@@ -130,29 +131,6 @@ def _work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> 
             "compute_dtype": shape.model.dtype,
         },
     }
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Returns the operations that training needs per token, forward and backward, none twice.
-
-    Six per parameter of a matrix product (the head is one, tied or not; the embedding is a look-up), and attention's
-    two products over the (seq_len + 1) / 2 positions that a token sees on average, fewer with a window.
-    """
-    matrices = sum(
-        _product(row.shape) for path, row in param_table(model).items() if row.inputs or path == "head.kernel"
-    )
-    if model.tie_embeddings:
-        matrices += model.vocab_size * model.hidden_size
-    window = min(model.sliding_window or seq_len, seq_len)
-    seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    return round(6 * matrices + 12 * model.num_layers * model.num_heads * model.head_dim * seen)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _table(found: list[Collective]) -> list[dict[str, Any]]:

@@ -10,12 +10,13 @@ import pytest
 from fusejax.cli import main
 from fusejax.errors import InputError
 from fusejax.models import ModelConfig, count_params
+from fusejax.models.flops import flops_per_token
 from fusejax.models.presets import PRESETS, find_preset
 from fusejax.parallel.device_kinds import DEVICE_KINDS
 from fusejax.parallel.hlo import collectives, dot_flops
 from fusejax.stages.fit import Optimization
 from fusejax.stages.plan import preset_run
-from fusejax.stages.plan_child import flops_per_token, plan
+from fusejax.stages.plan_child import plan
 from fusejax.stages.plan_disk import disk_bytes
 from fusejax.stages.plan_memory import predict
 from fusejax.stages.plan_program import Shape, compile_on_host
