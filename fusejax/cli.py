@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _several():
             raise
         error = raised
-    if code == PREEMPTED or (code and _several()):
+    if (code == PREEMPTED and name != "launch") or (code and _several()):
         from fusejax.train.faults import leave
 
         # At once: its peers may be waiting for it, and threads in C++ that were interrupted do not outlive Python.

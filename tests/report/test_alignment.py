@@ -48,12 +48,12 @@ def test_details_against_a_loop(comparison):
     )
     of_source, of_target = found.vocab_map
     sizes, wrong = [], {}
-    for theirs, ours, index, opening in zip(found.sources, found.targets, found.indices, found.openings, strict=True):
+    for theirs, ours, index, openings in zip(found.sources, found.targets, found.indices, found.openings, strict=True):
         for t, s in enumerate(index):
             if s < 0:
                 continue
             u, v = int(theirs.labels[s]), int(ours.labels[t])
-            symbol = opening[1][u] if opening and opening[0] == t else of_source[u]
+            symbol = dict(openings).get(t, of_source)[u]
             if symbol == of_target[v] >= 0:
                 sizes.append(int((of_target == symbol).sum()))
             else:

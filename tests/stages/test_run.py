@@ -130,16 +130,17 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(tmp_path, mo
     shutil.rmtree(tmp_path / "run" / "models")
     shutil.rmtree(tmp_path / "run" / "train")
 
-    from fusejax.train import loop
+    from fusejax.io.checkpoint import StateWriter
 
-    saved = loop.save_train_state
+    saved = StateWriter.save
 
-    def die_after_four(directory, step, *rest, **options):
-        saved(directory, step, *rest, **options)
+    def die_after_four(self, step, *rest, **options):
+        saved(self, step, *rest, **options)
         if step == 4:
+            self.wait()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_train_state", die_after_four)
+    monkeypatch.setattr(StateWriter, "save", die_after_four)
     with pytest.raises(KeyboardInterrupt):
         run_stages(config, ("train",))
     monkeypatch.undo()
