@@ -16,6 +16,7 @@ __all__ = [
     "Array",
     "EventGroups",
     "FusionBatch",
+    "MasterState",
     "TokenAlignment",
     "TopK",
     "TrainState",
@@ -64,9 +65,16 @@ class FusionBatch(NamedTuple):
     weights: Array  # [B, T, M] float32, mixing weights, summing to 1 over distributions; a chain repeats its source's
 
 
+class MasterState(NamedTuple):
+    """The optimiser's state where the parameters between two steps are bfloat16."""
+
+    master: Any  # the parameters in float32
+    inner: Any  # optax state
+
+
 class TrainState(NamedTuple):
     """What a training step reads and writes."""
 
     step: Array  # [] int32, optimiser steps done
     params: Any  # nested dict of arrays, as documented in `fusejax.models.params`
-    opt_state: Any  # optax state
+    opt_state: Any  # optax state, or a MasterState

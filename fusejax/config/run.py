@@ -17,6 +17,7 @@ from fusejax.config.stages import (
     FusionConfig,
     LogConfig,
     LossConfig,
+    MemoryConfig,
     MergeConfig,
     MeshConfig,
     TrainConfig,
@@ -39,6 +40,7 @@ class RunConfig(Config):
     )
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     mesh: MeshConfig = MeshConfig()
     faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()

@@ -8,6 +8,7 @@ __all__ = [
     "FusionConfig",
     "LogConfig",
     "LossConfig",
+    "MemoryConfig",
     "MergeConfig",
     "MeshConfig",
     "TrainConfig",
@@ -157,6 +158,22 @@ class TrainConfig(Config):
         default=None, ge=1, description="Steps between bits per byte of the valid split; None: never."
     )
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
+
+
+class MemoryConfig(Config):
+    """What training keeps in less than float32 between two steps; it always computes the update in float32."""
+
+    moments_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Dtype of AdamW's two moments; bfloat16 is rounded stochastically."
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Dtype of the weights; bfloat16 has a float32 copy in the optimiser's state."
+    )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per parameter of a train state: the parameter, its float32 copy if any, and both moments."""
+        return (4 if self.param_dtype == "float32" else 6) + 2 * (4 if self.moments_dtype == "float32" else 2)
 
 
 class FaultsConfig(Config):

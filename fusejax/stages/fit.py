@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from fusejax.config import RunConfig
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of, write_json
@@ -36,7 +37,7 @@ _PLAN = "plan.json"
 
 
 class Optimization(NamedTuple):
-    """The optimiser and its schedule; see `fusejax.config.TrainConfig`."""
+    """The optimiser and its schedule; see `fusejax.config.TrainConfig` and `MemoryConfig`."""
 
     learning_rate: float
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -45,6 +46,14 @@ class Optimization(NamedTuple):
     adam_b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Optimization":
+        """What a configuration says."""
+        given = config.train.model_dump() | config.memory.model_dump()
+        return cls(**{name: given[name] for name in cls._fields})
 
 
 def fit(
@@ -139,6 +148,8 @@ def schedule_and_optimizer(config: ModelConfig, options: Optimization, total: in
         weight_decay=options.weight_decay,
         clip_norm=options.clip_norm,
         decay_mask=decay_mask(config),
+        moments_dtype=options.moments_dtype,
+        param_dtype=options.param_dtype,
     )
     return schedule, optimizer
 

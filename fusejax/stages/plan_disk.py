@@ -12,7 +12,6 @@ BYTES_PER_TOKEN = 4.0  # of English text
 _UNKNOWN_TOKENS = 10**9
 _DOCUMENT_BYTES = 4096.0  # where documents are longer than that, of which nothing is known
 _WEIGHT = 2  # bytes: models are kept in the dtype they came in, bfloat16 as a rule
-_STATE = 12  # bytes per parameter of a train state: float32 parameter and two moments
 _CHECKPOINTS = 3  # two are kept while a third is written
 
 
@@ -61,7 +60,7 @@ def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int) -> dict[st
         "A2 maps": 24 * model.vocab_size * len(names),
         "A3 aligned": len(names) * store(top_k),
         "A4 fused": fused,
-        "A6 train states": _CHECKPOINTS * _STATE * params,
+        "A6 train states": _CHECKPOINTS * config.memory.state_bytes * params,
         "A7 models": (arms + (config.merge is not None)) * _WEIGHT * params,
         "A8 export": _WEIGHT * params,
     }

@@ -3,8 +3,8 @@
 Parameters and optimiser state follow from the shardings, exactly. What the forward pass keeps follows from the
 shapes of the program's own residuals, exactly. Temporaries are a sum of what must exist at the fullest moment:
 
-    always    gradients of the step and, with accumulation, of the micro-batch (float32, sharded like parameters);
-              the gathered embedding and its gradient (float32), the gathered head (compute dtype)
+    always    gradients of the step (in the parameters' dtype, sharded like them; with accumulation a float32 sum
+              as well); the gathered embedding and its gradient (likewise), the gathered head (compute dtype)
     and       backward through one layer: its recomputed residuals, its gathered weights and their gradients;
     or        the loss: the head's gradient twice (float32; summed here and over devices), a chunk of logits.
 
@@ -24,7 +24,7 @@ from fusejax.models import param_table
 from fusejax.parallel import ShardingRules, spec_for
 from fusejax.stages.plan_program import Compiled, Shape, local_share
 
-_STATE = 4  # bytes of a parameter, of each moment and of a gradient: float32
+_STATE = 4  # bytes of float32: a parameter, each moment and a gradient, unless the configuration says otherwise
 
 
 class Memory(NamedTuple):
@@ -73,6 +73,8 @@ def predict(shape: Shape) -> Memory:
     """Returns the memory of a step by the sum above; takes about a second and no devices."""
     sizes, layers = _split(shape), shape.model.num_layers
     width = jnp.dtype(shape.model.dtype).itemsize
+    param = jnp.dtype(shape.optimization.param_dtype).itemsize
+    moments = 2 * jnp.dtype(shape.optimization.moments_dtype).itemsize
     local = sum(own for own, _ in sizes.values())
     in_layers = sum(whole for path, (_, whole) in sizes.items() if path.startswith("layers."))
     kept, everything = _stacked(shape, shape.model.remat), _stacked(shape, "none")
@@ -82,16 +84,17 @@ def predict(shape: Shape) -> Memory:
     layer_weights = width * in_layers // layers
     columns = shape.model.vocab_size // shape.mesh["tensor"]
     items = {
-        "gradients": _STATE * local * (2 if shape.accumulation > 1 else 1),
-        "embedding": _STATE * embed * (2 if gathered else 1),
-        "head": width * head if gathered or width != _STATE else 0,
+        "gradients": local * (param + (_STATE if shape.accumulation > 1 else 0)),
+        "embedding": param * embed * (2 if gathered else 1),
+        "head": width * head if gathered or width != param else 0,
     }
     # without rematerialisation what a layer needs is kept already; about half of it again is in flight
     share = 0.5 if shape.model.remat == "none" else 1.0
     backward = int(share * _bytes(everything) / layers) + layer_weights
     loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
     items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
-    return Memory(_STATE * local, 2 * _STATE * local, _bytes(kept), sum(items.values()), items)
+    optimizer = moments + (_STATE if param < _STATE else 0)  # narrow parameters have a float32 master
+    return Memory(param * local, optimizer * local, _bytes(kept), sum(items.values()), items)
 
 
 def measure(shape: Shape, compiled: Compiled) -> Memory:

@@ -71,7 +71,7 @@ class Shape(NamedTuple):
             config.capture.top_k,
             sources,
             config.loss.model_dump(mode="json"),
-            Optimization(**{name: getattr(train, name) for name in Optimization._fields}),
+            Optimization.of(config),
         )
 
     @property
@@ -205,7 +205,8 @@ def local_share(shape: Shape, *, remat: str) -> list[jax.ShapeDtypeStruct]:
     sizes = {name: getattr(cfg, name) for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")}
     local = dataclasses.replace(cfg, remat=remat, **{name: max(1, size // ways) for name, size in sizes.items()})
     loss_fn = loss_function(local, _groups(shape, local.vocab_size), shape.loss | {"chunk": shape.chunk}, None)
-    params = abstract_params(local)
+    kept_dtype = jnp.dtype(shape.optimization.param_dtype)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kept_dtype), abstract_params(local))
 
     def residuals(params: Any, batch: FusionBatch) -> Any:
         return jax.vjp(lambda p: loss_fn(p, batch, jnp.float32(1.0))[0], params)[1]

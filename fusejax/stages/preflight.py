@@ -15,7 +15,7 @@ from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import placement
 
-_CHECKPOINTS, _STATE_BYTES = 3, 12  # float32 parameter and two moments
+_CHECKPOINTS = 3
 
 
 def check_before(run: Run, names: Collection[str]) -> None:
@@ -52,11 +52,12 @@ def _check_disk(run: Run, params: int) -> None:
     """Refuses a training whose checkpoints do not fit: two are kept while a third is written, one arm at a time."""
     trained = run.train_dir("any").parent
     there = sum(path.stat().st_size for path in trained.rglob("*") if path.is_file()) if trained.is_dir() else 0
-    needed = _CHECKPOINTS * _STATE_BYTES * params - there
+    each = run.config.memory.state_bytes
+    needed = _CHECKPOINTS * each * params - there
     free = shutil.disk_usage(run.directory).free
     if needed > free:
         raise InputError(
             f"the checkpoints of a training need {needed / 1e9:.1f} GB ({params / 1e9:.2f}e9 parameters, "
-            f"{_STATE_BYTES} bytes each, {_CHECKPOINTS} at a time), {run.directory} has {free / 1e9:.1f} GB free; make "
+            f"{each} bytes each, {_CHECKPOINTS} at a time), {run.directory} has {free / 1e9:.1f} GB free; make "
             "room, or set `output` on another disk"
         )

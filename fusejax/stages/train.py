@@ -32,6 +32,7 @@ from fusejax.stages.lineage import check_lineage
 from fusejax.stages.together import meet
 from fusejax.stages.trained_share import ShareAlarm
 from fusejax.train.faults import FaultPolicy
+from fusejax.train.step import full_params
 from fusejax.types import EventGroups
 
 
@@ -54,6 +55,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         loss = {"clm_weight": config.loss.clm_weight + config.loss.fusion_weight, "fusion_weight": 0.0}
     settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": loss}
     settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
+    settings |= {"memory": config.memory.model_dump(mode="json")}
     parents = {"target": run.fingerprint(config.target)}
     # The baseline depends on the text alone: other sources do not train it again.
     parents |= {"fused": reader.manifest.fingerprint} if fusing else {"corpus": _corpus(run)}
@@ -85,7 +87,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         start.config,
         loader,
         run.train_dir(arm),
-        optimization=Optimization(**{name: getattr(options, name) for name in Optimization._fields}),
+        optimization=Optimization.of(config),
         loss=loss,
         groups=_groups(reader) if fusing else None,
         identity=settings | parents,
@@ -103,7 +105,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         evaluate_every=options.evaluate_every or 0,
         watch=ShareAlarm(f"train {arm}", read_manifest(run.corpus_dir, kind="corpus").facts["splits"]["train"]),
     )
-    params = jax.tree.map(lambda new, old: to_host(new, dtype=old.dtype), result.state.params, start.params)
+    params = jax.tree.map(lambda new, old: to_host(new, dtype=old.dtype), full_params(result.state), start.params)
     facts = {
         "steps": int(result.state.step),
         "tokens": int(result.state.step) * options.batch_size * options.seq_len,

@@ -5,24 +5,35 @@ its edges matter: update n (from 0) takes `peak * (n + 1) / (warmup + 1)` during
 wasted on a rate of zero, and the decay reaches `final_ratio * peak` at update `total_steps`. (The papers' trainer
 takes n / warmup, whose first update does nothing.)
 
-Moments, clipping and the update itself are computed in float32 whatever the parameters' dtype: second moments in
-bfloat16 stop moving once a gradient is 2^-8 of them. What is decayed is decided by the caller's mask (logical
-axes), never by the rank: stacked norms have two axes.
+Moments, clipping and the update itself are computed in float32 whatever dtype they are kept in. What is decayed is
+decided by the caller's mask (logical axes), never by the rank: stacked norms have two axes.
+
+What is kept between two updates may be narrower:
+
+* Moments in bfloat16 are rounded stochastically: to the nearest they would stop moving, since with b2 = 0.999 a
+  second moment falls by a thousandth per update and bfloat16 resolves 2^-8. The random bits are a function of the
+  number of updates and of the place in the tree, so that a run that is resumed, or on another mesh, draws the same.
+* Parameters in bfloat16 have a float32 master copy in the optimiser's state, from which they are rounded anew after
+  each update: steps below their resolution add up there.
+
+Not here: moments in 8 bits, whose blocks would have to be cut where the mesh cuts the parameters.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fusejax.errors import InputError, nearest
+from fusejax.types import MasterState
 
 __all__ = ["SCHEDULES", "Schedule", "make_optimizer", "make_schedule", "warmup_steps_from_ratio"]
 
 Schedule = Callable[[Any], jax.Array]
 SCHEDULES = ("cosine", "linear", "constant")
+_KEPT = ("float32", "bfloat16")
 
 
 def warmup_steps_from_ratio(ratio: float, total_steps: int) -> int:
@@ -79,6 +90,8 @@ def make_optimizer(
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
     decay_mask: Any | None = None,
+    moments_dtype: Literal["float32", "bfloat16"] = "float32",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Returns AdamW (decoupled decay, scaled by the rate) behind clipping by the global norm, all in float32.
 
@@ -88,6 +101,8 @@ def make_optimizer(
             (0.9, 0.999, decay 0) for FuseChat.
         clip_norm: largest global gradient norm, None to leave gradients alone.
         decay_mask: tree of bools like the params, True where decayed; required where `weight_decay` is not 0.
+        moments_dtype: in which both moments are kept; bfloat16 is rounded stochastically.
+        param_dtype: in which `init_train_state` keeps the params; bfloat16 makes the state a `MasterState`.
 
     Raises:
         InputError: a decay without a mask, or a number out of range.
@@ -98,24 +113,75 @@ def make_optimizer(
         raise InputError(f"AdamW with b1 {b1}, b2 {b2}, eps {eps}, weight_decay {weight_decay} is out of range.")
     if clip_norm is not None and not clip_norm > 0:
         raise InputError(f"clip_norm must be positive or None, got {clip_norm}.")
+    for name, dtype in (("moments_dtype", moments_dtype), ("param_dtype", param_dtype)):
+        if dtype not in _KEPT:
+            raise InputError(f"{name} must be one of {', '.join(_KEPT)}, got {dtype!r}.{nearest(dtype, _KEPT)}")
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    parts.append(adam if moments_dtype == "float32" else _with_narrow_moments(adam))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
-    return _in_float32(optax.chain(*parts))
+    wide = _in_float32(optax.chain(*parts))
+    return wide if param_dtype == "float32" else _with_master(wide)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs `inner` on float32 copies; float32 trees pass through unchanged."""
 
-    def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
     def init(params: Any) -> Any:
-        return inner.init(widen(params))
+        return inner.init(_cast(params, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(widen(updates), state, None if params is None else widen(params))
+        return inner.update(_cast(updates, jnp.float32), state, None if params is None else _cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)
+
+
+def _with_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates a float32 copy of the params with `inner`; its updates lead the narrow params there."""
+
+    def init(params: Any) -> MasterState:
+        return MasterState(_cast(params, jnp.float32), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MasterState]:
+        if params is None:
+            raise InputError("an optimizer with param_dtype bfloat16 needs the params to update them.")
+        updates, inner_state = inner.update(updates, state.inner, state.master)
+        master = optax.apply_updates(state.master, updates)
+        # Float32 differences: params + updates is the new master, and rounded to bfloat16 where it is stored.
+        steps = jax.tree.map(lambda new, old: new - old.astype(jnp.float32), master, params)
+        return steps, MasterState(master, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _with_narrow_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps the moments of `optax.scale_by_adam` in bfloat16 between updates, each of which sees them in float32."""
+
+    def init(params: Any) -> Any:
+        state = cast(Any, adam.init(params))
+        return state._replace(mu=_cast(state.mu, jnp.bfloat16), nu=_cast(state.nu, jnp.bfloat16))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        wide = state._replace(mu=_cast(state.mu, jnp.float32), nu=_cast(state.nu, jnp.float32))
+        updates, new = cast(Any, adam.update(updates, wide, params))
+        (first, tree), second = jax.tree.flatten(new.mu), jax.tree.leaves(new.nu)
+        key = jax.random.fold_in(jax.random.key(0), new.count)
+        draws = [jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint32) for i, x in enumerate(first)]
+        mu = [_rounded(x, bits & 0xFFFF) for x, bits in zip(first, draws, strict=True)]
+        nu = [_rounded(x, bits >> 16) for x, bits in zip(second, draws, strict=True)]
+        return updates, new._replace(mu=tree.unflatten(mu), nu=tree.unflatten(nu))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """Rounds float32 to bfloat16, up with the probability that makes the mean exact; `noise` is 16 random bits."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)

@@ -21,9 +21,9 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fusejax.errors import InputError
-from fusejax.types import FusionBatch, TrainState
+from fusejax.types import FusionBatch, MasterState, TrainState
 
-__all__ = ["LossFn", "TrainStep", "init_train_state", "make_train_step"]
+__all__ = ["LossFn", "TrainStep", "full_params", "init_train_state", "make_train_step"]
 
 Metrics = dict[str, jax.Array]
 MEANS = {"clm_nats": "tokens", "fusion_nats": "supervised_tokens"}  # metric: the count it is a mean over
@@ -32,8 +32,19 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limit])
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; traceable, so that it can be made sharded or abstract."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    """Returns the state before the first step; traceable, so that it can be made sharded or abstract.
+
+    The params are kept in bfloat16 where the optimizer has a float32 master copy of them.
+    """
+    opt_state = optimizer.init(params)
+    if isinstance(opt_state, MasterState):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def full_params(state: TrainState) -> Any:
+    """Returns the params of a train state at their full precision: the master copy where there is one."""
+    return state.opt_state.master if isinstance(state.opt_state, MasterState) else state.params
 
 
 def make_train_step(

@@ -52,6 +52,18 @@ def test_parameters_and_moments_are_what_the_compiler_is_given(compiled):
     assert found.total == sum(v for k, v in found.per_device().items() if k != "total")
 
 
+def test_narrow_moments_and_parameters_are_counted():
+    narrow = shape()._replace(optimization=Optimization(1e-5, moments_dtype="bfloat16", param_dtype="bfloat16"))
+    found, wide = predict(narrow), predict(shape())
+    parameters = count_params(TINY) // 8
+    assert (found.params, found.optimizer) == (2 * parameters, 8 * parameters)
+    assert found.activations == wide.activations and found.temporaries < wide.temporaries
+    compiled = compile_on_host(narrow)
+    assert abs(compiled.argument_bytes - 10 * parameters - 32 // 8 * 128 * 64) <= 16, "and the batch, as above"
+    dtypes = {c.dtypes for c in collectives(compiled.program) if c.kind == "all-gather" and c.bytes > 4 * 256}
+    assert dtypes == {"bf16"}, "the table of embeddings too"
+
+
 def test_layers_are_gathered_twice_and_their_gradients_scattered_once_per_micro_batch(compiled):
     found = collectives(compiled.program)
     layers = (
