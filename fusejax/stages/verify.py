@@ -1,6 +1,10 @@
-"""verify: every checksum of every artefact under a directory; with --repair, what is bad is made again."""
+"""verify: every checksum of every artefact under a directory; with --repair, what is bad is made again.
 
-__all__ = ["command", "find_damage"]
+The states of a training that has not finished are checked too; they cannot be made again, but an earlier one may be
+whole (`faults.on_damaged_checkpoint: previous`).
+"""
+
+__all__ = ["command", "find_damage", "find_damaged_states"]
 
 from pathlib import Path
 
@@ -28,6 +32,16 @@ def find_damage(artefacts: list[Path]) -> Damage:
     return damage
 
 
+def find_damaged_states(directory: Path) -> tuple[int, Damage]:
+    """Returns the number of saved train states under a directory, and what is wrong with which."""
+    if not any(directory.rglob("checkpoints")):
+        return 0, {}
+    from fusejax.io.checkpoint import damaged_state, saved_states
+
+    found = saved_states(directory)
+    return len(found), {place: bad for place in found if (bad := damaged_state(place))}
+
+
 def _with_records(path: Path, problem: str) -> str:
     """Adds to a shard's problem which of its records are damaged."""
     if shard_index(path.name) is None or not path.is_file():
@@ -52,17 +66,25 @@ def command(name: str, words: list[str]) -> Result:
     )
     given = arguments.parse_args(words)
     found = sorted(path.parent for path in given.directory.rglob(MANIFEST))
-    if not found:
+    count, states = find_damaged_states(given.directory)
+    if not found and not count:
         raise InputError(f"no {MANIFEST} under {given.directory}: there is nothing to verify")
     damage = find_damage(found)
-    bad, repaired = _lines(damage), []
-    text = f"{len(found)} artefacts, " + (f"{len(bad)} bad:\n  " + "\n  ".join(bad) if bad else "all good")
+    bad, repaired = _lines(damage) + _lines(states), []
+    text = (
+        f"{len(found)} artefacts, "
+        + (f"{count} train states, " if count else "")
+        + (f"{len(bad)} bad:\n  " + "\n  ".join(bad) if bad else "all good")
+    )
     if given.repair and damage:
         from fusejax.stages.repair import repair
 
         repaired = repair(damage)
         bad = _lines(find_damage([directory for directory in damage if (directory / MANIFEST).is_file()]))
+        bad += _lines(states)
         text += "\nrepaired:\n  " + "\n  ".join(repaired)
         text += "\nstill bad:\n  " + "\n  ".join(bad) if bad else "\nall good now"
-    data = {"artefacts": len(found), "bad": bad} | ({"repaired": repaired} if given.repair else {})
+    data = {"artefacts": len(found), "train_states": count, "bad": bad} | (
+        {"repaired": repaired} if given.repair else {}
+    )
     return Result(data, text, exit_code=2 if bad else 0)

@@ -1,6 +1,7 @@
 """Damage of every kind in the steps of a run, and what the writer in the background leaves."""
 
 import errno
+import json
 import logging
 import subprocess
 import sys
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fusejax.cli import main
 from fusejax.io.checkpoint import (
     DamagedCheckpoint,
     StateWriter,
     all_steps,
+    damaged_state,
     restore_newest_state,
     restore_train_state,
     save_train_state,
+    saved_states,
 )
 from tests.paths import ROOT
 
@@ -121,3 +125,22 @@ def test_a_failure_in_the_background_is_raised_once_and_the_next_save_works(tmp_
 
 def _no_space():
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_audit_names_what_is_damaged_without_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fusejax.io.checkpoint.audit.LARGE", 100)  # as if the elements' file were too large
+    monkeypatch.setattr("fusejax.io.checkpoint.checksums.LARGE", 1000)
+    directory = tmp_path / "train" / "arm" / "checkpoints"
+    for step in (2, 4):
+        save_train_state(directory, step, {"layer": TREE | {"count": jnp.int32(step)}}, EXTRA)
+    assert saved_states(tmp_path) == [directory / "2", directory / "4"]
+    assert not any(map(damaged_state, saved_states(tmp_path)))
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "0 artefacts, 2 train states, all good" in capsys.readouterr().out
+    elements = max(files_of(directory / "4"), key=lambda path: path.stat().st_size)
+    raw = bytearray(elements.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    elements.write_bytes(raw)
+    assert main(["verify", str(tmp_path), "--json"]) == 2
+    (bad,) = json.loads(capsys.readouterr().out)["bad"]
+    assert bad.startswith(str(directory / "4" / "layer.w"))

@@ -11,9 +11,11 @@ temporary directories behind. So here
 * a damaged step is an error; `on_damaged="previous"` goes back to the one before it, saying so, and keeps the damaged
   one aside.
 
-`states` holds the steps of a run, `models` the directory of a finished model, `guards` what is said when it fails.
+`states` holds the steps of a run, `audit` reads them only to check them, `models` holds the directory of a finished
+model, `guards` what is said when it fails.
 """
 
+from fusejax.io.checkpoint.audit import damaged_state, saved_states
 from fusejax.io.checkpoint.checksums import CHECKSUMS, DamagedCheckpoint, tree_checksums
 from fusejax.io.checkpoint.models import load_model_params, save_model
 from fusejax.io.checkpoint.states import (
@@ -32,6 +34,7 @@ __all__ = [
     "DamagedCheckpoint",
     "StateWriter",
     "all_steps",
+    "damaged_state",
     "drop_steps_after",
     "latest_step",
     "load_model_params",
@@ -40,5 +43,6 @@ __all__ = [
     "restore_train_state",
     "save_model",
     "save_train_state",
+    "saved_states",
     "tree_checksums",
 ]
