@@ -53,6 +53,7 @@ CASES = {  # name -> arguments, how many targets, mergekit's method and paramete
     "della_linear": (["--method", "della_linear", "--density", "0.6", "--variant", "mergekit"], 3, {}, None),
 }
 COMPARED = ("linear", "task_arithmetic", "slerp", "sce 1.0", "sce 0.1", "ties 0.6")  # with mergekit
+QUIET = ("--no-write-model-card", "--no-copy-tokenizer")  # the models have none
 TARGETS = {"linear": 3.0, "sce 1.0": 5.0, "sce 0.1": 8.0, "ties 0.6": 8.0}
 SCALES = {
     "full": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -166,7 +167,7 @@ def theirs(
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     try:
-        return run(["env", "OMP_NUM_THREADS=1", tool, str(path), str(out), "-j", "1", "--no-write-model-card"])
+        return run(["env", "OMP_NUM_THREADS=1", tool, str(path), str(out), "-j", "1", *QUIET])
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

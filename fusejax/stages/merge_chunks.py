@@ -4,15 +4,17 @@ A chunk has one row per model and a fixed number of elements, so that a program 
 last is filled up with zeros. Methods that compare the elements of a matrix's rows get chunks of whole rows.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fusejax.io.stream_read import StoredTensor
 
-__all__ = ["CHUNK", "RAW_DTYPES", "Chunks", "nonfinite"]
+__all__ = ["CHUNK", "RAW_DTYPES", "Chunks", "nonfinite", "on_host"]
 
 CHUNK = 2**18  # elements; what is read and made of them stays in the cache, calls of programs cost little
 RAW_DTYPES = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
@@ -57,6 +59,14 @@ def nonfinite(values: np.ndarray, dtype: str) -> bool:
     infinity = _INFINITY[dtype]
     signed, unsigned = values.view(f"i{width // 8}"), values.view(f"u{width // 8}")
     return int(signed.max()) >= infinity or int(unsigned.max()) >= infinity + (1 << (width - 1))
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Computes on the host, where there is an accelerator too: chunks are not worth a transfer. For this thread."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the host out
+        return contextlib.nullcontext()
 
 
 def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:

@@ -9,13 +9,11 @@ program over the mesh.
 That inputs are finite is known before (`merge_scan`); a result beyond the range of its dtype ends the merge here.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
@@ -27,7 +25,7 @@ from fusejax.merging import MERGE_METHODS, merge_leaf
 from fusejax.merging.keys import matrix_keys
 from fusejax.merging.plan import MergePlan, TensorMerge
 from fusejax.merging.registry import resolve
-from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, nonfinite
+from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, nonfinite, on_host
 from fusejax.stages.merge_inputs import input_tensors, read_tensor
 from fusejax.stages.merge_scan import kept_tensor
 from fusejax.stages.merge_statistics import energies, is_chunked, prepare, row_length
@@ -45,7 +43,7 @@ class Made(NamedTuple):
 def carry_out(
     plan: MergePlan, models: Mapping[str, ModelTensors], writer: TensorWriter, staging: Staging, *,
     threads: int = 2, skipped: Mapping[str, Any] | None = None, mesh: Any = None,
-    tick: Callable[[int], None] = lambda _: None,
+    known: Mapping[str, np.ndarray] | None = None, tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Made]:  # fmt: skip
     """Makes every tensor of a plan that the staging directory does not hold yet.
 
@@ -57,12 +55,13 @@ def carry_out(
         threads: workers.
         skipped: output tensors that are the base's.
         mesh: a `jax.sharding.Mesh` to merge on; None merges on the host.
+        known: sums of squared changes of output tensors, [J], that `scan_inputs` has gathered.
         tick: called with the bytes of every finished tensor.
 
     Raises:
         InputError: a result beyond the range of its dtype.
     """
-    run = _Run(plan, models, writer, skipped or {}, mesh)
+    run = _Run(plan, models, writer, skipped or {}, mesh, known or {})
     made: dict[str, Made] = {}
     for name, facts in staging.finished.items():
         if facts["xxh3"] == writer.checksum(name):
@@ -70,10 +69,11 @@ def carry_out(
             tick(run.size(name))
     todo = sorted((s for s in plan.tensors if s.output not in made), key=lambda s: -run.size(s.output))
 
-    host = _host_device() if mesh is None else None
-
     def work(step: TensorMerge) -> None:
-        with jax.default_device(host) if host else contextlib.nullcontext():
+        if mesh is None:
+            with on_host():
+                found = run.make(step)
+        else:
             found = run.make(step)
         staging.mark(step.output, **found._asdict())
         made[step.output] = found
@@ -94,22 +94,14 @@ def carry_out(
     return {step.output: made[step.output] for step in plan.tensors}
 
 
-def _host_device() -> Any:
-    """The host's own device, where there is an accelerator too: chunks are not worth a transfer."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
 class _Run:
     def __init__(
         self, plan: MergePlan, models: Mapping[str, ModelTensors], writer: TensorWriter, skipped: Mapping[str, Any],
-        mesh: Any,
+        mesh: Any, known: Mapping[str, np.ndarray],
     ):  # fmt: skip
         self._plan, self._models, self._writer, self._skipped, self._mesh = plan, models, writer, skipped, mesh
         self._whole = threading.Lock()  # one whole matrix at a time
-        self._energies: dict[str, np.ndarray] = {}
+        self._energies = dict(known)  # what weights are made of, where that is known before the tensor is made
 
     def size(self, name: str) -> int:
         """Bytes of an output tensor."""
@@ -171,7 +163,7 @@ class _Run:
         return Made(None, xxhash.xxh3_64(_bytes(array)).hexdigest())
 
     def gather_energies(self, steps: list[TensorMerge]) -> None:
-        """Sums the changes of units wider than a matrix (`varm` by layer, module or model), in a pass of its own."""
+        """Sums the changes of units wider than a matrix (`varm` by layer, module or model)."""
         units: dict[str, str] = {}
         sums: dict[str, np.ndarray] = {}
         wide = any(_unit(step) for step in steps)
@@ -185,8 +177,9 @@ class _Run:
                     f"{step.output} is {tensors[0].dtype}; weights of wider units need a float of 16 or 32 bits"
                 )
             units[step.output] = unit
-            sums[unit] = sums.get(unit, 0) + energies(Chunks(tensors))
-        self._energies = {name: sums[unit] for name, unit in units.items()}
+            known = self._energies.get(step.output)
+            sums[unit] = sums.get(unit, 0) + (energies(Chunks(tensors), len(tensors) - 1) if known is None else known)
+        self._energies |= {name: sums[unit] for name, unit in units.items()}
 
 
 def _merged(step: TensorMerge, arrays: list[Any]) -> tuple[Any, list[Any] | None]:

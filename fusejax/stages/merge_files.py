@@ -112,7 +112,7 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     threads = options.threads or min(os.cpu_count() or 1, 8)
     refuse_occupied(out)
-    scan = scan_inputs(plan, job.models, nonfinite=options.nonfinite, threads=threads)
+    scan = scan_inputs(plan, job.models, nonfinite=options.nonfinite, threads=threads, sums=options.mesh is None)
     with open_staging(out, identity) as staging:
         _small_files(job, staging)  # first: what is wrong with them is found before hours of work
         writer = TensorWriter(staging.directory, shapes)
@@ -120,7 +120,7 @@ def perform(job: Job, out: Path, options: Options) -> dict[str, Any]:
             with progress("merge", total=writer.total, unit="bytes") as bar:
                 made = carry_out(
                     plan, job.models, writer, staging, threads=threads, skipped=scan.skipped,
-                    mesh=options.mesh, tick=bar.update,
+                    mesh=options.mesh, known=scan.energies, tick=bar.update,
                 )  # fmt: skip
             writer.finish()
         finally:

@@ -2,11 +2,14 @@
 
 It costs one more reading of the inputs, at the speed of memory or of the disk, and no arithmetic beyond two
 reductions and xxh3. So a NaN in the last tensor is known before the first byte of the output, and the merge itself
-need not look.
+need not look. Methods that only want to know how far the targets have moved (VaRM; SCE of all elements) are told from
+this reading: the inputs of a tensor are then read side by side, and as sums of squared changes are finite only where
+all inputs are, they replace the search as well.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,7 +19,9 @@ import xxhash
 from fusejax.errors import InputError
 from fusejax.io.stream_read import ModelTensors, StoredTensor, dtype_of
 from fusejax.merging.plan import MergePlan, TensorMerge, TensorRef
-from fusejax.stages.merge_chunks import RAW_DTYPES, nonfinite
+from fusejax.merging.registry import resolve
+from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, nonfinite, on_host
+from fusejax.stages.merge_statistics import energies, is_chunked, wants_energy
 
 __all__ = ["NONFINITE", "Scan", "input_refs", "kept_tensor", "scan_inputs"]
 
@@ -31,6 +36,7 @@ class Scan(NamedTuple):
 
     digests: Mapping[str, Mapping[str, str]]  # model -> tensor -> xxh3 of its bytes
     skipped: Mapping[str, list[str]]  # output tensor -> files in which an input is not finite
+    energies: Mapping[str, np.ndarray]  # output tensor -> [J] sums of squared changes, where the method wants them
 
 
 def input_refs(step: TensorMerge) -> list[TensorRef]:
@@ -39,8 +45,9 @@ def input_refs(step: TensorMerge) -> list[TensorRef]:
 
 
 def scan_inputs(
-    plan: MergePlan, models: Mapping[str, ModelTensors], *, nonfinite: str = "error", threads: int = 2
-) -> Scan:
+    plan: MergePlan, models: Mapping[str, ModelTensors], *, nonfinite: str = "error", threads: int = 2,
+    sums: bool = True,
+) -> Scan:  # fmt: skip
     """Reads every input tensor of a plan once.
 
     Args:
@@ -48,16 +55,28 @@ def scan_inputs(
         models: every model of the plan, open.
         nonfinite: one of `NONFINITE`: whether a tensor that is not finite ends the merge, or the base's is kept.
         threads: workers.
+        sums: whether to gather `Scan.energies`.
 
     Raises:
         InputError: NaN or infinity, with all tensors and files; or nothing finite to keep in their place.
     """
-    refs = list(dict.fromkeys(ref for step in plan.tensors for ref in input_refs(step)))
+    uses = Counter(ref for step in plan.tensors for ref in input_refs(step))
+    stored = {ref: models[ref.model].tensors[ref.name] for ref in uses}
+    summed = [step for step in plan.tensors if sums and _is_summed(plan, step, stored, uses)]
+    groups = {step.output: [stored[ref] for ref in input_refs(step)] for step in summed}
+    rest = list(uses.keys() - {ref for step in summed for ref in input_refs(step)})
+    found: dict[TensorRef, tuple[str, bool]] = {}
+    moved: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        found = dict(zip(refs, pool.map(lambda ref: _scanned(models[ref.model].tensors[ref.name]), refs), strict=True))
+        together = pool.map(_scanned_together, groups.values())
+        found.update(zip(rest, pool.map(lambda ref: _scanned(stored[ref]), rest), strict=True))
+        for step, (energy, seen) in zip(summed, together, strict=True):
+            found.update(zip(input_refs(step), seen, strict=True))
+            if np.isfinite(energy).all():
+                moved[step.output] = energy
     digests: dict[str, dict[str, str]] = {model: {} for model in plan.models}
-    for ref, (digest, _) in found.items():
-        digests[ref.model][ref.name] = digest
+    for ref in uses:  # in the order of the plan
+        digests[ref.model][ref.name] = found[ref][0]
     bad = []
     for step in plan.tensors:
         if files := [models[ref.model].tensors[ref.name].where for ref in input_refs(step) if not found[ref][1]]:
@@ -76,7 +95,7 @@ def scan_inputs(
                 f"{step.output} holds NaN or infinity in {', '.join(files)}, and the base has no finite tensor to "
                 f"keep in its place; {_ADVICE}"
             )
-    return Scan(digests, {step.output: files for step, files in bad})
+    return Scan(digests, {step.output: files for step, files in bad}, moved)
 
 
 def kept_tensor(plan: MergePlan, models: Mapping[str, ModelTensors], step: TensorMerge) -> StoredTensor | None:
@@ -91,6 +110,37 @@ def _size(plan: MergePlan, models: Mapping[str, ModelTensors], step: TensorMerge
     shape = models[ref.model].tensors[ref.name].shape
     rows = len(plan.tokens) if step.vocabulary and plan.rows else shape[0] if shape else 1
     return rows * math.prod(shape[1:])
+
+
+def _is_summed(
+    plan: MergePlan, step: TensorMerge, stored: Mapping[TensorRef, StoredTensor], uses: Mapping[TensorRef, int]
+) -> bool:
+    """Whether changes are summed while scanning: inputs alike as they are stored, that serve this tensor only."""
+    if step.base is None or len(step.targets) < 2 or (step.vocabulary and plan.rows):
+        return False
+    _, values = resolve(step.method, step.parameters, len(step.targets), True)
+    tensors = [stored[ref] for ref in input_refs(step)]
+    alike = len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
+    alone = all(uses[ref] == 1 for ref in input_refs(step))
+    return wants_energy(step.method, values) and alike and alone and is_chunked([tensors[0].dtype, step.dtype])
+
+
+def _scanned_together(tensors: Sequence[StoredTensor]) -> tuple[np.ndarray, list[tuple[str, bool]]]:
+    """The sums of squared changes from the first of some tensors, and what `_scanned` says of each."""
+    hashes = [xxhash.xxh3_64() for _ in tensors]
+    chunks = Chunks(tensors)
+
+    def hashed() -> Iterator[tuple[int, int, np.ndarray]]:
+        for start, count, raw in chunks:
+            for digest, row in zip(hashes, raw, strict=True):
+                digest.update(row[:count].view(np.uint8).data)
+            yield start, count, raw
+
+    with on_host():
+        energy = energies(hashed(), len(tensors) - 1)
+    if np.isfinite(energy).all():
+        return energy, [(digest.hexdigest(), True) for digest in hashes]
+    return energy, [_scanned(tensor) for tensor in tensors]  # not finite, or beyond float32
 
 
 def _scanned(tensor: StoredTensor) -> tuple[str, bool]:

@@ -11,7 +11,7 @@ Not here: float64 and dtypes of 8 bits, which `fusejax.merging.merge_leaf` merge
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from fusejax.stages import merge_programs as programs
 from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks
 from fusejax.stages.merge_select import NOTHING, Selection, row_ranks, select
 
-__all__ = ["Prepared", "energies", "is_chunked", "prepare", "row_length", "statistics_passes"]
+__all__ = ["Prepared", "energies", "is_chunked", "prepare", "row_length", "statistics_passes", "wants_energy"]
 
 _NEARLY_PARALLEL = 0.9995
 # Compiled once for all matrices.
@@ -70,6 +70,13 @@ def row_length(method: str, values: Mapping[str, Any], shape: Sequence[int]) -> 
     return shape[-1] if by_row and shape else 1
 
 
+def wants_energy(method: str, values: Mapping[str, Any]) -> bool:
+    """Returns whether a method needs the sums of all squared changes, which any earlier pass can add up."""
+    if method == "sce":
+        return values["select_topk"] >= 1
+    return method == "varm" and values["granularity"] != "parameter"
+
+
 def statistics_passes(method: str, values: Mapping[str, Any]) -> int:
     """Returns how often `prepare` reads a matrix, at most."""
     if method in ("ties", "sce"):
@@ -94,7 +101,7 @@ def prepare(
         chunks: row 0 is the base if `has_base`, then the targets; by rows of `row_length`.
         values: the parameters, complete, as `fusejax.merging.registry.resolve` gives them; a `key` is the matrix's.
         has_base: whether there is a base that the method uses.
-        energy: [J] for `varm` over units wider than the matrix.
+        energy: [J] sums of squared changes where `wants_energy`, of the matrix or the unit; None: to be gathered.
 
     Raises:
         OverflowError: sums that are not finite, of values beyond float32.
@@ -103,12 +110,16 @@ def prepare(
         return _prepare_pure(method, chunks, values, has_base)
     if method == "varm":
         return _prepare_varm(chunks, values, energy)
+    if method == "sce":
+        return _prepare_sce(chunks, values, energy)
     return _PREPARE[method](method, chunks, values, has_base)
 
 
-def energies(chunks: Chunks, selected: Selection | None = None) -> np.ndarray:
+def energies(
+    chunks: Iterable[tuple[int, int, np.ndarray]], targets: int, selected: Selection | None = None
+) -> np.ndarray:
     """Returns the sum of squared changes of every target from row 0, over the selected elements, [J] float64."""
-    total = np.zeros(len(chunks.tensors) - 1)
+    total = np.zeros(targets)
     for start, count, raw in chunks:
         numbers = () if selected is None else selected.numbers(start, count)
         total += [np.sum(np.asarray(part)) for part in programs.energy_sums(raw, numbers)]
@@ -201,12 +212,11 @@ def _prepare_varm(chunks: Chunks, values: Mapping[str, Any], energy: np.ndarray 
         for _, count, raw in chunks:
             total += [np.sum(np.asarray(share)[:count]) for share in programs.element_shares(raw)]
         return _prepare_pure("varm", chunks, values, True, tuple((total / max(chunks.size, 1)).tolist()))
-    shares = _shares(energies(chunks) if energy is None else energy, 0.0)
+    shares = _shares(energies(chunks, len(chunks.tensors) - 1) if energy is None else energy, 0.0)
     return _fixed(programs.shifted, shares.astype(np.float32), coefficients=tuple(shares.tolist()))
 
 
-def _prepare_sce(method: str, chunks: Chunks, values: Mapping[str, Any], has_base: bool) -> Prepared:
-    del method, has_base
+def _prepare_sce(chunks: Chunks, values: Mapping[str, Any], energy: np.ndarray | None) -> Prepared:
     variant, topk = values["variant"], values["select_topk"]
     if len(chunks.tensors) == 2 and (variant == "fuseai" or topk >= 1):
         return _fixed(programs.second_row, coefficients=(1.0,))
@@ -217,8 +227,8 @@ def _prepare_sce(method: str, chunks: Chunks, values: Mapping[str, Any], has_bas
         share = _share(topk)
         wanted = [(0, lambda size, nonzero: share * nonzero // 1)]
         (selected,) = select(chunks, lambda raw: (programs.spread_bits(raw),), wanted)
-    energy = energies(chunks, selected) / max(chunks.size, 1)
-    shares = _shares(energy, programs.MERGEKIT_FLOOR if variant == "mergekit" else 0.0)
+    energy = energies(chunks, len(chunks.tensors) - 1, selected) if energy is None else energy
+    shares = _shares(energy / max(chunks.size, 1), programs.MERGEKIT_FLOOR if variant == "mergekit" else 0.0)
     weights, told = (shares.astype(np.float32),), tuple(shares.tolist())
     if selected is None or variant == "fuseai":
         return _fixed(programs.erase, *weights, options={"variant": variant, "masked": False}, coefficients=told)
@@ -341,7 +351,6 @@ def _shares(energy: np.ndarray, floor: float) -> np.ndarray:
 
 _ON_THEIR_OWN = ("linear", "task_arithmetic", "nearswap", "passthrough")
 _PREPARE: Mapping[str, Callable[[str, Chunks, Mapping[str, Any], bool], Prepared]] = {
-    "sce": _prepare_sce,
     "ties": _prepare_ties,
     "slerp": _prepare_slerp,
     **dict.fromkeys(("nuslerp", "multislerp", "karcher"), _prepare_spherical),
