@@ -161,13 +161,16 @@ class TrainConfig(Config):
 
 
 class MemoryConfig(Config):
-    """What training keeps in less than float32 between two steps; it always computes the update in float32."""
+    """What training holds in memory; it always computes the update in float32."""
 
     moments_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of AdamW's two moments; bfloat16 is rounded stochastically."
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights; bfloat16 has a float32 copy in the optimiser's state."
+    )
+    attention: Literal["auto", "xla"] = Field(
+        default="auto", description="On TPUs a kernel that holds no scores of all tokens by all tokens; xla: never."
     )
 
     @property

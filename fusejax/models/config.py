@@ -78,8 +78,9 @@ class ModelConfig:
     `num_kv_heads` 0 means as many as `num_heads`, `head_dim` 0 means `hidden_size // num_heads`, the default
     `block` means that of the architecture; all are filled in. `attention_bias`: on q, k, v and o; Qwen2 always
     has it, on q, k and v. GPT-NeoX always has `mlp_bias`. `remat` says what the backward pass keeps of a layer:
-    all of it (`none`), its matrix products (`dots`) or its input only (`full`). `sliding_window`: a position
-    sees itself and the `sliding_window - 1` before it.
+    all of it (`none`), its matrix products (`dots`) or its input only (`full`). `attention`: by the device's kernel
+    where there is one (`auto`) or by plain operations (`xla`). `sliding_window`: a position sees itself and the
+    `sliding_window - 1` before it.
     """
 
     vocab_size: int
@@ -103,12 +104,14 @@ class ModelConfig:
     pad_id: int | None = None
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     block: BlockConfig = _LLAMA_BLOCK
 
     def __post_init__(self) -> None:
         _check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("remat", self.remat, REMAT_POLICIES)
+        _check_choice("attention", self.attention, ("auto", "xla"))
         block, _ = _BLOCKS.get(self.architecture, (_LLAMA_BLOCK, ()))
         filled = {
             "num_kv_heads": self.num_kv_heads or self.num_heads,

@@ -5,11 +5,13 @@ door to the attention implementation. Not here: dropout.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusejax.models.splash import splash_attention, suits_splash
 from fusejax.parallel.sharding import Layout
 
 __all__ = [
@@ -96,11 +98,21 @@ def attention_mask(
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, layout: Layout, *, bias: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    layout: Layout,
+    *,
+    bias: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(H) + bias) v, `[B, T, N, H]`, with grouped queries.
 
     On a mesh it runs once per device on whole rows and whole groups of heads (no communication).
+    On TPUs it is their kernel (`fusejax.models.splash`) where the mask is given by segments and there is no bias.
 
     Args:
         q: `[B, T, N, H]`.
@@ -108,13 +120,28 @@ def attention(
         mask: `[B, 1, T, S]` bool, true where a query may read a key.
         layout: where the arrays lie.
         bias: `[1, N, T, S]` float32, added to the scores.
+        segments, window: `[B, T]` int32, where the mask is `attention_mask(segments, sliding_window=window)`.
+        implementation: "xla" for plain operations anywhere; "auto".
     """
+    given = None  # what the kernel is told instead of the mask
+    if implementation == "auto" and bias is None and suits_splash(q, k, layout.mesh):
+        given = segments
     if layout.mesh is None:
-        return _attend(q, k, v, mask, bias)
+        return _attend(q, k, v, mask, bias) if given is None else splash_attention(q, k, v, given, window=window)
     if layout.rules.kv_heads != layout.rules.heads:  # key heads are whole where query heads are split
         groups = q.shape[2] // k.shape[2]
         k, v = (_repeat_heads(x, groups, layout) for x in (k, v))
     head_spec = layout.sharding(("batch", None, "heads", "head_dim")).spec
+    if given is not None:
+        by_row = layout.sharding(("batch", None)).spec
+        kernel = jax.shard_map(
+            partial(splash_attention, window=window),
+            mesh=layout.mesh,
+            in_specs=(head_spec, head_spec, head_spec, by_row),
+            out_specs=head_spec,
+            check_vma=False,  # the kernel's results do not say along which axes they vary
+        )
+        return kernel(q, k, v, layout.constrain(given, ("batch", None)))
     mask_spec = layout.sharding(("batch", None, None, None)).spec
     bias_axes = (None, "heads", None, None)
     sharded = jax.shard_map(

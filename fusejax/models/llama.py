@@ -50,6 +50,7 @@ class Reading(NamedTuple):
     mask: jax.Array  # [B, 1, T, S] bool; S keys, T of them without a cache
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin [B, T, R / 2]
     bias: jax.Array | None  # [1, N, T, S]
+    segments: jax.Array | None = None  # [B, T] int32, where they and the window say what the mask says
 
 
 class Cache(NamedTuple):
@@ -93,13 +94,14 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions or linear biases."""
 
-    def __init__(self, params: Tree, *, clip: float) -> None:
+    def __init__(self, params: Tree, cfg: ModelConfig) -> None:
         query, key = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q = Linear(params["q"], query, inputs=1)
         self.k = Linear(params["k"], key, inputs=1)
         self.v = Linear(params["v"], key, inputs=1)
         self.o = Linear(params["o"], ("heads", "head_dim", "embed"), inputs=2)
-        self.clip = clip
+        self.clip = cfg.block.clip_qkv
+        self.window, self.implementation = cfg.sliding_window, cfg.attention
 
     def __call__(
         self, x: jax.Array, reading: Reading, layout: Layout, *, cache: Cache | None = None, slot: Any = None
@@ -113,7 +115,9 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.put(k, v, slot)
             k, v = cache
-        return self.o(attention(q, k, v, reading.mask, layout, bias=reading.bias), layout), cache
+        given = {"bias": reading.bias, "segments": reading.segments, "window": self.window}
+        mixed = attention(q, k, v, reading.mask, layout, implementation=self.implementation, **given)
+        return self.o(mixed, layout), cache
 
 
 class Mlp(nnx.Module):
@@ -180,7 +184,7 @@ class Layer(nnx.Module):
     def __init__(self, params: Tree, cfg: ModelConfig) -> None:
         block = cfg.block
         self.attention_norm = Norm(params["attention_norm"], kind=block.norm, eps=cfg.norm_eps)
-        self.attention = Attention(params["attention"], clip=block.clip_qkv)
+        self.attention = Attention(params["attention"], cfg)
         self.mlp_norm = Norm(params["mlp_norm"], kind=block.norm, eps=cfg.norm_eps)
         mlp = params["mlp"]
         self.mlp = SparseMlp(mlp, block) if block.num_experts else Mlp(mlp, activation=block.activation)
@@ -219,7 +223,8 @@ class Llama(nnx.Module):
         if self._some_ignore_the_window:
             whole = attention_mask(segment_ids)
         bias = self._bias(jnp.arange(tokens.shape[1]), tokens.shape[1])
-        return self._decode(tokens, self._reading(positions, mask, bias), whole, layout)[0]
+        reading = self._reading(positions, mask, bias)._replace(segments=segment_ids if whole is None else None)
+        return self._decode(tokens, reading, whole, layout)[0]
 
     def continued(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache, slot: jax.Array

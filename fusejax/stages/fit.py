@@ -72,6 +72,7 @@ def fit(
     accumulation: int = 1,
     compute_dtype: str = "float32",
     remat: str = "none",
+    attention: str = "auto",
     checkpoint_every: int = 500,
     log_every: int = 10,
     tensorboard: bool = False,
@@ -96,11 +97,11 @@ def fit(
       mesh: sizes of the mesh axes; None or all 1: one device.
       max_steps: stop earlier than the loader's end.
       accumulation, compute_dtype, remat, checkpoint_every, log_every, tensorboard: see `TrainConfig`.
-      wandb_project: see `LogConfig`; faults: see `FaultsConfig`.
+      attention: see `MemoryConfig`; wandb_project: see `LogConfig`; faults: see `FaultsConfig`.
       evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
       watch: sees the number and the metrics of each step; may raise.
     """
-    config = dataclasses.replace(config, dtype=compute_dtype, remat=remat)
+    config = dataclasses.replace(config, dtype=compute_dtype, remat=remat, attention=attention)
     total = min(len(loader), max_steps or len(loader))
     schedule, optimizer = schedule_and_optimizer(config, optimization, total)
     placed = placement(config, mesh)

@@ -38,9 +38,9 @@ from fusejax.types import EventGroups
 
 def train(run: Run) -> dict[str, Manifest]:
     """Trains every arm of the run; finished ones are skipped, interrupted ones go on."""
-    arms = [fusion.name for fusion in run.config.fusions]
+    arms = [fusion.name for fusion in run.fusions]
     done = {arm: _train_arm(run, arm, run.fused_dir(arm)) for arm in arms}
-    if run.config.train.baseline:
+    if run.config.train.baseline and run.only is None:
         # The baseline reads the first fusion's records, so that both see the same rows in the same order.
         done["clm"] = _train_arm(run, "clm", run.fused_dir(arms[0]))
     return done
@@ -96,6 +96,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         accumulation=options.accumulation,
         compute_dtype=options.compute_dtype,
         remat=options.remat,
+        attention=config.memory.attention,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
@@ -142,7 +143,7 @@ def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Calla
     context = min(options.context, config.max_positions)
     names = [document.id for document in documents]
     encoded = dict(zip(names, run.encoder(run.config.target).encode_batch(documents), strict=True))
-    config = dataclasses.replace(config, dtype=run.config.train.compute_dtype)
+    config = dataclasses.replace(config, dtype=run.config.train.compute_dtype, attention=run.config.memory.attention)
     placed = placement(config, mesh)
     whole = NamedSharding(placed["mesh"], PartitionSpec()) if placed else None
     score = jax.jit(partial(score_tokens, cfg=config, valid_vocab=tokenizer.vocab_size), out_shardings=whole)
