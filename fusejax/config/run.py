@@ -3,12 +3,14 @@
 __all__ = ["RunConfig", "load_config", "save_config"]
 
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fusejax.config.base import Config
 from fusejax.config.inputs import CorpusConfig, ModelRef
+from fusejax.config.pairwise import PairwiseConfig, written_out
 from fusejax.config.stages import (
     AlignConfig,
     CaptureConfig,
@@ -36,7 +38,7 @@ class RunConfig(Config):
     capture: CaptureConfig = CaptureConfig()
     align: AlignConfig = AlignConfig()
     fusions: tuple[FusionConfig, ...] = Field(
-        default=(FusionConfig(),), min_length=1, description="Fusions; each trains one target."
+        default=(FusionConfig(),), min_length=1, description="Fusions; each trains one target. In short: pairwise."
     )
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
@@ -46,6 +48,15 @@ class RunConfig(Config):
     log: LogConfig = LogConfig()
     merge: MergeConfig | None = Field(default=None, description="None: nothing is merged.")
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator(
+        "fusions", mode="before", json_schema_input_type=tuple[FusionConfig, ...] | PairwiseConfig | Literal["pairwise"]
+    )
+    @classmethod
+    def _pairwise(cls, value: Any, info: ValidationInfo) -> Any:
+        if "sources" not in info.data:  # they have errors of their own, which are told
+            return [{}] if isinstance(value, dict | str) else value
+        return written_out(value, [source.name for source in info.data["sources"]])
 
     @model_validator(mode="after")
     def _names_agree(self) -> "RunConfig":

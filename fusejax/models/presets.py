@@ -16,6 +16,9 @@ PRESETS = {
     "mistral-7b": ModelConfig(
         32000, 4096, 14336, 32, 32, 8, architecture="mistral", max_positions=32768, sliding_window=4096, norm_eps=1e-5
     ),
+    "openchat-3.5-7b": ModelConfig(
+        32002, 4096, 14336, 32, 32, 8, architecture="mistral", max_positions=8192, sliding_window=4096, norm_eps=1e-5
+    ),
     "open-llama-7b": ModelConfig(32000, 4096, 11008, 32, 32),
     "tinyllama-1.1b": ModelConfig(32000, 2048, 5632, 22, 32, 4, norm_eps=1e-5),
 }
@@ -26,6 +29,7 @@ _HUB_NAMES = {
     "meta-llama/llama-2-70b-hf": "llama-2-70b",
     "meta-llama/meta-llama-3-8b": "llama-3-8b",
     "mistralai/mistral-7b-v0.1": "mistral-7b",
+    "openchat/openchat_3.5": "openchat-3.5-7b",
     "openlm-research/open_llama_7b_v2": "open-llama-7b",
     "tinyllama/tinyllama_v1.1": "tinyllama-1.1b",
 }

@@ -7,7 +7,7 @@ An artefact made with other settings is replaced by its stage, and by nothing el
 __all__ = ["Run", "finished"]
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from fusejax.config import FusionConfig, ModelRef, RunConfig, save_config
 from fusejax.data.chat import template_of
 from fusejax.data.encoding import DocumentEncoder
-from fusejax.errors import InputError
+from fusejax.errors import InputError, nearest
 from fusejax.io.manifest import MANIFEST, SCHEMA_VERSION, Manifest, fingerprint_of, read_manifest
 from fusejax.io.models import LoadedModel, model_fingerprint, open_model, resolve_model
 from fusejax.io.progress import say
@@ -34,8 +34,22 @@ def finished(directory: Path, *, kind: str, settings: Mapping[str, Any], parents
 class Run:
     """A configuration and the directories and models that belong to it."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, *, only: Collection[str] | None = None):
+        """Opens nothing yet.
+
+        Args:
+          config: of the whole run.
+          only: names of the fusions that are wanted now; empty: of none, but what they share. None: all.
+
+        Raises:
+          InputError: `only` names what is no fusion.
+        """
         self.config = config
+        self.only = only
+        names = [fusion.name for fusion in config.fusions]
+        for name in only or ():
+            if name not in names:
+                raise InputError(f"--only names {name!r}.{nearest(name, names)} Fusions: {', '.join(names)}")
         self.directory = Path(config.output)
         self._models = lru_cache(maxsize=1)(self._open_model)
         self._tokenizers = lru_cache(maxsize=None)(load_tokenizer)
@@ -77,11 +91,20 @@ class Run:
 
     @property
     def participants(self) -> dict[str, ModelRef]:
-        """The models to capture, by name: the sources, and `target` where a fusion includes it."""
-        found = {source.name: source for source in self.config.sources}
-        if any(fusion.include_target for fusion in self.config.fusions):
+        """The models to capture, by name: the sources, and `target` once where fusions include it.
+
+        Where only some fusions are wanted, what these need; where none are, the target, which they share.
+        """
+        needed = {name for fusion in self.fusions for name in self.fusion_sources(fusion)}
+        found = {s.name: s for s in self.config.sources if self.only is None or s.name in needed}
+        if any(fusion.include_target for fusion in self.fusions or self.config.fusions):
             found["target"] = self.config.target
         return found
+
+    @property
+    def fusions(self) -> tuple[FusionConfig, ...]:
+        """The fusions to make now: all, or those that were asked for."""
+        return tuple(f for f in self.config.fusions if self.only is None or f.name in self.only)
 
     def fusion_sources(self, fusion: FusionConfig) -> list[str]:
         """Names of a fusion's sources in order; the target, where it takes part, first as in FuseLLM."""

@@ -39,8 +39,8 @@ _TARGET_FIELDS = ("ids", "logprobs", "residual_logprob")
 
 
 def fuse(run: Run) -> dict[str, Manifest]:
-    """Makes the fused targets of every fusion of the run; finished ones are skipped."""
-    return {fusion.name: _fuse_one(run, fusion) for fusion in run.config.fusions}
+    """Makes the fused targets of every fusion that is wanted; finished ones are skipped."""
+    return {fusion.name: _fuse_one(run, fusion) for fusion in run.fusions}
 
 
 def _fuse_one(run: Run, fusion: FusionConfig) -> Manifest:

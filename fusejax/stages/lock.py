@@ -16,19 +16,21 @@ from fusejax.io.progress import say
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
+def exclusive(directory: Path, *, wait: bool = False, shared: bool = False, name: str = ".lock") -> Iterator[None]:
     """Holds `directory` while the block runs.
 
     Args:
       directory: exists and can be written.
       wait: wait for another process that holds it, instead of refusing.
+      shared: beside others that hold it shared, too.
+      name: of the lock, where a directory has several.
 
     Raises:
       InputError: another process holds it.
     """
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _acquire(handle, directory, wait=wait)
+        _acquire(handle, directory, wait=wait, shared=shared)
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
@@ -36,14 +38,15 @@ def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(handle: int, directory: Path, *, wait: bool) -> None:
+def _acquire(handle: int, directory: Path, *, wait: bool, shared: bool) -> None:
     try:
         import fcntl
     except ImportError:
         say(f"{directory}: this system has no file locks; let only one fusejax work there")
         return
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(handle, 20, 0).decode() or "unknown"
         if not wait:
@@ -51,6 +54,6 @@ def _acquire(handle: int, directory: Path, *, wait: bool) -> None:
                 f"another fusejax (process {holder}) is working in {directory}; wait for it, or set another `output`"
             ) from error
         say(f"waiting for another fusejax (process {holder}) in {directory}")
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, kind)
     except OSError as error:
         say(f"{directory} cannot be locked ({error.strerror}); let only one fusejax work there")

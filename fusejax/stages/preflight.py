@@ -28,7 +28,7 @@ def check_before(run: Run, names: Collection[str]) -> None:
     """
     config = run.config
     if {"capture", "align", "train"} & set(names):
-        for ref in (*config.sources, config.target):
+        for ref in (*run.participants.values(), config.target):
             path = run.model_path(ref)
             source = describe(run, ref)
             if source.vocab_size is not None:

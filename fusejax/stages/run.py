@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fusejax.config import RunConfig
@@ -42,50 +42,96 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "report": report_run,
 }
 SHARED = ("capture", "align", "fuse", "train")  # by all processes; the others are process 0's alone
+COMMON = ("prepare", "capture", "align")  # their artefacts of corpus and target serve several fusions
+PER_FUSION = (*COMMON, "fuse", "train")
 
 
-def run_stages(config: RunConfig, names: tuple[str, ...] = tuple(STAGES)) -> dict[str, Any]:
-    """Runs stages in their order and returns {stage: seconds}; several processes all call it."""
-    run = Run(config)
-    seconds = {}
+def run_stages(
+    config: RunConfig, names: tuple[str, ...] = tuple(STAGES), *, only: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """Runs stages in their order and returns {stage: seconds}; several processes all call it.
+
+    Args:
+      config: of the run.
+      names: the stages.
+      only: names of fusions; nothing is made that they do not need, and several such runs may go side by side, of
+        which one makes what they share while the others wait. None: all fusions.
+
+    Raises:
+      InputError: a mistake that can be mended; or another run works in the directory.
+    """
+    run = Run(config, only=only)
+    seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         if is_first():
             run.start()
-            stack.enter_context(exclusive(run.directory))
+            stack.enter_context(exclusive(run.directory, shared=only is not None))
             check_before(run, names)
         meet("start")
-        for name, stage in STAGES.items():
-            if name not in names:
-                continue
-            start = time.monotonic()
-            if is_first() or name in SHARED:
-                stage(run)
-            meet(name)
-            seconds[name] = round(time.monotonic() - start, 2)
-            say(f"{name}: done in {seconds[name]:.1f} s")
+        if only is not None:
+            _make_what_is_shared(run, [name for name in names if name in COMMON], seconds)
+            names = tuple(name for name in names if name not in COMMON)
+            if is_first():
+                for fusion in run.fusions:
+                    stack.enter_context(exclusive(run.directory, name=f".fusion-{fusion.name}.lock"))
+        _run_in_order(run, names, seconds)
     return seconds
 
 
+def _make_what_is_shared(run: Run, names: list[str], seconds: dict[str, float]) -> None:
+    """Makes corpus, target's and sources' distributions, each by one process; others of the same wait until it is."""
+    sources = [name for name in sorted(run.participants) if name != "target"]
+    for part, locks in ((Run(run.config, only=()), ["common"]), (run, [f"source-{name}" for name in sources])):
+        with contextlib.ExitStack() as stack:
+            if is_first():
+                for lock in locks:
+                    stack.enter_context(exclusive(run.directory, wait=True, name=f".{lock}.lock"))
+            meet("locked")
+            _run_in_order(part, [name for name in names if part.only == () or name != "prepare"], seconds)
+
+
+def _run_in_order(run: Run, names: Collection[str], seconds: dict[str, float]) -> None:
+    for name, stage in STAGES.items():
+        if name not in names:
+            continue
+        start = time.monotonic()
+        if is_first() or name in SHARED:
+            stage(run)
+        meet(name)
+        took = time.monotonic() - start
+        seconds[name] = round(seconds.get(name, 0.0) + took, 2)
+        say(f"{name}: done in {took:.1f} s")
+
+
 def command(name: str, words: list[str]) -> Result:
-    """`fusejax run CONFIG [--stages a,b] [--dry-run]`, `fusejax <stage> CONFIG`, `fusejax schema`."""
+    """`fusejax run CONFIG [--stages a,b] [--only NAME] [--dry-run]`, `fusejax <stage> CONFIG`, `fusejax schema`."""
     if name == "schema":
         return Result(RunConfig.model_json_schema(), json.dumps(RunConfig.model_json_schema(), indent=2))
     words, stages = _take(words, "--stages")
+    words, wanted = _take(words, "--only")
+    only = None if wanted is None else _comma_separated(wanted)
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     description = (
         STAGES[name].__doc__
         if name in STAGES
         else (
-            "All stages: " + " ".join(STAGES) + ". --stages a,b runs some of them; --dry-run prints what would be done."
+            "All stages: " + " ".join(STAGES) + ". --stages a,b runs some of them; --only NAME,NAME runs "
+            f"{' '.join(PER_FUSION)} for these fusions; --dry-run prints what would be done."
         )
     )
     config = parse_config(name, words, description or "")
-    names = (name,) if name in STAGES else _stage_names(stages)
+    names = (name,) if name in STAGES else _stage_names(stages, PER_FUSION if only is not None else tuple(STAGES))
+    if only is not None and (bad := [stage for stage in names if stage not in PER_FUSION]):
+        raise InputError(
+            f"--only goes with {', '.join(PER_FUSION)}; {', '.join(bad)} need every fusion: leave --only out"
+        )
+    if only == ():
+        raise InputError(f"--only names none. Fusions: {', '.join(fusion.name for fusion in config.fusions)}")
     if dry_run:
-        return _dry_run(config, names)
+        return _dry_run(config, names, only)
     start_processes()
-    seconds = run_stages(config, names)
+    seconds = run_stages(config, names, only=only)
     if not is_first():
         return Result({"stage_seconds": seconds, "output": config.output})
     result_file = Run(config).directory / "result.json"
@@ -106,10 +152,14 @@ def _take(words: list[str], flag: str) -> tuple[list[str], str | None]:
     return words, None
 
 
-def _stage_names(text: str | None) -> tuple[str, ...]:
+def _comma_separated(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _stage_names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     if text is None:
-        return tuple(STAGES)
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+        return default
+    names = _comma_separated(text)
     for name in names:
         if name not in STAGES:
             raise InputError(f"--stages names {name!r}.{nearest(name, STAGES)} Stages: {', '.join(STAGES)}")
@@ -118,9 +168,9 @@ def _stage_names(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
+def _dry_run(config: RunConfig, names: tuple[str, ...], only: tuple[str, ...] | None) -> Result:
     """Checks what can be checked without weights and says what would be done."""
-    run = Run(config)
+    run = Run(config, only=only)
     steps: list[tuple[str, str]] = []
     text = planned_text(run) if "capture" in names else None
     sizes = {}
@@ -135,11 +185,11 @@ def _dry_run(config: RunConfig, names: tuple[str, ...]) -> Result:
         steps.append(("capture", what))
         steps.append(("align", f"{name}: {config.align.vocabulary} symbols -> {run.aligned_dir(name)}"))
     target = run.model_path(config.target)
-    for fusion in config.fusions:
+    for fusion in run.fusions:
         names_of = ", ".join(run.fusion_sources(fusion))
         steps.append(("fuse", f"{fusion.name}: {fusion.method} over {names_of} -> {run.fused_dir(fusion.name)}"))
         steps.append(("train", f"{fusion.name}: from {target} -> {run.model_dir(fusion.name)}"))
-    if config.train.baseline:
+    if config.train.baseline and only is None:
         steps.append(("train", f"clm: from {target} -> {run.model_dir('clm')}"))
     if config.merge:
         steps.append(("merge", f"{config.merge.method} -> {run.model_dir('merged')}"))
