@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 __all__ = ["MESH_AXES", "is_explicit", "make_mesh"]
@@ -48,8 +49,12 @@ def make_mesh(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} needs {needed} devices, but there are "
             f"{len(available)}; lower a size, or start more processes"
         )
-    axis_type = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(axis_type,) * 3, devices=available[:needed])
+    axis_types = ((AxisType.Explicit if explicit else AxisType.Auto),) * 3
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=available[:needed])
+    except NotImplementedError:  # a torus of which no product of whole sides has these sizes: 4 x 8 x 8 as 128 x 2
+        laid_out = mesh_utils.create_device_mesh(sizes, available[:needed], allow_split_physical_axes=True)
+        return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
 
 
 def is_explicit(mesh: Mesh) -> bool:

@@ -65,3 +65,16 @@ def test_paths_and_nested_dicts_are_two_forms_of_one_tree() -> None:
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten_paths(tree) == {"a.b": 1, "a.c.d": 2, "e": 3}
     assert unflatten_paths(flatten_paths(tree)) == tree
+
+
+def test_a_torus_whose_sides_do_not_multiply_to_the_sizes_is_split(monkeypatch) -> None:
+    """4 x 8 x 8 chips have no sides that make 128 x 2; jax.make_mesh gives up on them."""
+
+    def gives_up(*_, **__):
+        raise NotImplementedError("Failed to find assignment")
+
+    monkeypatch.setattr(jax, "make_mesh", gives_up)
+    mesh = make_mesh(fsdp=4, tensor=2, explicit=True)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert is_explicit(mesh)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
