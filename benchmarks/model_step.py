@@ -26,7 +26,7 @@ ROWS, LENGTH, REPEATS = 8, 256, 9
 ATTENTION = "fusejax.models.llama.attention"
 
 
-def einsum_attention(q, k, v, mask, layout):
+def einsum_attention(q, k, v, mask, layout, **_):
     """Grouped queries by two einsums, scores `[B, Nkv, G, T, S]`."""
     batch, length, _, width = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, width) * width**-0.5
@@ -35,7 +35,7 @@ def einsum_attention(q, k, v, mask, layout):
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
-def matmul_attention(q, k, v, mask, layout):
+def matmul_attention(q, k, v, mask, layout, **_):
     """Grouped queries folded into the rows of plain matrix products, scores `[B, Nkv, G * T, S]`."""
     batch, length, heads, width = q.shape
     groups = heads // k.shape[2]
@@ -46,7 +46,7 @@ def matmul_attention(q, k, v, mask, layout):
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def recomputed_attention(q, k, v, mask, layout):
+def recomputed_attention(q, k, v, mask, layout, **_):
     """The chosen attention, its scores computed again in the backward pass instead of kept."""
     return jax.checkpoint(lambda q, k, v: attention(q, k, v, mask, layout), prevent_cse=False)(q, k, v)
 
