@@ -57,8 +57,8 @@ def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int) -> dict[st
     return {
         "A0 corpus": round(text),
         "A1 captured": (len(names) + target_too) * store(top_k),
-        "A2 maps": 24 * model.vocab_size * len(names),
-        "A3 aligned": len(names) * store(top_k),
+        "A2 maps": 24 * model.vocab_size * (len(names) + target_too),
+        "A3 aligned": (len(names) + target_too) * store(top_k),
         "A4 fused": fused,
         "A6 train states": _CHECKPOINTS * config.memory.state_bytes * params,
         "A7 models": (arms + (config.merge is not None)) * _WEIGHT * params,
