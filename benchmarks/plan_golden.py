@@ -44,6 +44,8 @@ Made by `python benchmarks/plan_golden.py`. FuseLLM's step (128 rows of 2048 tok
 moments and gradients, full rematerialisation, one row per device and micro-batch). *Predicted* is the sum of
 [plan](../plan.md), *device's compiler* what XLA for that device states without the device, *processor's compiler* what
 the same program takes where bfloat16 is computed in float32. Speed is predicted; nothing was run on these machines.
+On the large TPU meshes the prediction is too high by a half and more: little of a step lies on one chip there, and
+the compiler lets the gathered embedding, the head and a layer's backward pass share memory that is added up here.
 """
 _COLUMNS = (
     *("model", "machine", "mesh", "predicted", "device's compiler", "ratio", "processor's compiler", "fits"),
