@@ -45,6 +45,7 @@ def plot_coefficients(coefficients: Mapping[str, Sequence[float]], targets: Sequ
     if image is not None:
         bar = figure.colorbar(image, ax=list(axes), shrink=0.9)
         bar.set_label("coefficient", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
     return path
 

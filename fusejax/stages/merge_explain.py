@@ -7,7 +7,7 @@ from fusejax.io.stream_read import dtype_of
 from fusejax.merging import MERGE_METHODS
 from fusejax.merging.registry import resolve
 from fusejax.stages.merge_files import Job
-from fusejax.stages.merge_scan import input_refs
+from fusejax.stages.merge_scan import input_refs, summed_steps
 from fusejax.stages.merge_statistics import is_chunked, statistics_passes
 
 __all__ = ["explain", "explanation_text"]
@@ -23,7 +23,8 @@ _SOURCES = {
 def explain(job: Job) -> dict[str, Any]:
     """Returns what would be done, as a JSON object."""
     plan, method = job.plan, job.recipe.method
-    tensors = [_tensor(job, step) for step in plan.tensors]
+    summed = {step.output for step in summed_steps(plan, job.models)}
+    tensors = [_tensor(job, step, step.output in summed) for step in plan.tensors]
     changes = sorted({f"{source} -> {t['dtype']}" for t in tensors for source in t["from"] if source != t["dtype"]})
     outputs = {step.output for step in plan.tensors}
     heads = [n for n in outputs if n.endswith(("lm_head.weight", "embed_out.weight"))]
@@ -49,7 +50,7 @@ def explain(job: Job) -> dict[str, Any]:
     }
 
 
-def _tensor(job: Job, step: Any) -> dict[str, Any]:
+def _tensor(job: Job, step: Any, summed: bool) -> dict[str, Any]:
     refs = input_refs(step)
     stored = [job.models[ref.model].tensors[ref.name] for ref in refs]
     _, values = resolve(step.method, step.parameters, len(step.targets), step.base is not None)
@@ -59,7 +60,8 @@ def _tensor(job: Job, step: Any) -> dict[str, Any]:
     if step.vocabulary and job.plan.rows:
         shape[0] = len(job.plan.tokens)
     size = sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in stored)
-    passes = 2 + (statistics_passes(step.method, values) if chunked else 0)  # the look at the inputs, and the result
+    # The look at the inputs, which may give statistics as well, and the result.
+    passes = 2 + (statistics_passes(step.method, values) - summed if chunked else 0)
     return {
         "name": step.output,
         "shape": shape,

@@ -23,7 +23,7 @@ from fusejax.merging.registry import resolve
 from fusejax.stages.merge_chunks import RAW_DTYPES, Chunks, nonfinite, on_host
 from fusejax.stages.merge_statistics import energies, is_chunked, wants_energy
 
-__all__ = ["NONFINITE", "Scan", "input_refs", "kept_tensor", "scan_inputs"]
+__all__ = ["NONFINITE", "Scan", "input_refs", "kept_tensor", "scan_inputs", "summed_steps"]
 
 NONFINITE = ("error", "skip-tensor")
 _BLOCK = 2**18  # elements at a time
@@ -60,22 +60,22 @@ def scan_inputs(
     Raises:
         InputError: NaN or infinity, with all tensors and files; or nothing finite to keep in their place.
     """
-    uses = Counter(ref for step in plan.tensors for ref in input_refs(step))
-    stored = {ref: models[ref.model].tensors[ref.name] for ref in uses}
-    summed = [step for step in plan.tensors if sums and _is_summed(plan, step, stored, uses)]
-    groups = {step.output: [stored[ref] for ref in input_refs(step)] for step in summed}
-    rest = list(uses.keys() - {ref for step in summed for ref in input_refs(step)})
+    refs = dict.fromkeys(ref for step in plan.tensors for ref in input_refs(step))
+    stored = {ref: models[ref.model].tensors[ref.name] for ref in refs}
+    summed = summed_steps(plan, models) if sums else []
+    groups = [[stored[ref] for ref in input_refs(step)] for step in summed]
+    rest = list(refs.keys() - {ref for step in summed for ref in input_refs(step)})
     found: dict[TensorRef, tuple[str, bool]] = {}
     moved: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        together = pool.map(_scanned_together, groups.values())
+        together = pool.map(_scanned_together, groups)
         found.update(zip(rest, pool.map(lambda ref: _scanned(stored[ref]), rest), strict=True))
         for step, (energy, seen) in zip(summed, together, strict=True):
             found.update(zip(input_refs(step), seen, strict=True))
             if np.isfinite(energy).all():
                 moved[step.output] = energy
     digests: dict[str, dict[str, str]] = {model: {} for model in plan.models}
-    for ref in uses:  # in the order of the plan
+    for ref in refs:  # in the order of the plan
         digests[ref.model][ref.name] = found[ref][0]
     bad = []
     for step in plan.tensors:
@@ -105,24 +105,27 @@ def kept_tensor(plan: MergePlan, models: Mapping[str, ModelTensors], step: Tenso
     return models[plan.template].tensors.get(step.output)
 
 
+def summed_steps(plan: MergePlan, models: Mapping[str, ModelTensors]) -> list[TensorMerge]:
+    """Returns what is summed while scanning: its inputs are alike as they are stored, and serve this tensor only."""
+    uses = Counter(ref for step in plan.tensors for ref in input_refs(step))
+    found = []
+    for step in plan.tensors:
+        if step.base is None or len(step.targets) < 2 or (step.vocabulary and plan.rows):
+            continue
+        _, values = resolve(step.method, step.parameters, len(step.targets), True)
+        tensors = [models[ref.model].tensors[ref.name] for ref in input_refs(step)]
+        alike = len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
+        alone = all(uses[ref] == 1 for ref in input_refs(step))
+        if wants_energy(step.method, values) and alike and alone and is_chunked([tensors[0].dtype, step.dtype]):
+            found.append(step)
+    return found
+
+
 def _size(plan: MergePlan, models: Mapping[str, ModelTensors], step: TensorMerge) -> int:
     ref = input_refs(step)[0]
     shape = models[ref.model].tensors[ref.name].shape
     rows = len(plan.tokens) if step.vocabulary and plan.rows else shape[0] if shape else 1
     return rows * math.prod(shape[1:])
-
-
-def _is_summed(
-    plan: MergePlan, step: TensorMerge, stored: Mapping[TensorRef, StoredTensor], uses: Mapping[TensorRef, int]
-) -> bool:
-    """Whether changes are summed while scanning: inputs alike as they are stored, that serve this tensor only."""
-    if step.base is None or len(step.targets) < 2 or (step.vocabulary and plan.rows):
-        return False
-    _, values = resolve(step.method, step.parameters, len(step.targets), True)
-    tensors = [stored[ref] for ref in input_refs(step)]
-    alike = len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
-    alone = all(uses[ref] == 1 for ref in input_refs(step))
-    return wants_energy(step.method, values) and alike and alone and is_chunked([tensors[0].dtype, step.dtype])
 
 
 def _scanned_together(tensors: Sequence[StoredTensor]) -> tuple[np.ndarray, list[tuple[str, bool]]]:

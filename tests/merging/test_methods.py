@@ -34,6 +34,9 @@ RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 ON_MESHES = [
     *[(method, 2, W2 | {"density": 0.6, "seed": 3}) for method in RANDOM],
     *[run for run in RUNS if run[0] in ("karcher", "model_stock", "breadcrumbs_ties", "arcee_fusion", "ram")],
+    *[("varm", 3, {}), ("task_arithmetic", 3, W3), ("ties", 3, W3 | {"density": [0.6, 0.8, 1.0]})],
+    *[("slerp", 2, {"t": 0.3}), ("nuslerp", 2, W2), ("multislerp", 3, W3), ("nearswap", 1, {"t": 0.004})],
+    *[("breadcrumbs", 3, W3 | {"density": 0.8, "gamma": 0.1}), ("passthrough", 1, {"scale": 0.5})],
 ]
 
 
@@ -90,11 +93,38 @@ def test_jit_on_eight_devices_equals_one(number, run):
         np.testing.assert_array_equal(np.asarray(merged) == base, np.asarray(plain) == base)
 
 
-@pytest.mark.parametrize("method", ["model_stock", "karcher", "ram", "breadcrumbs_ties", "multislerp"])
+SYMMETRIC = [m for m in sorted(MERGE_METHODS) if MERGE_METHODS[m].max_targets != 1 and m not in (*RANDOM, "slerp")]
+
+
+@pytest.mark.parametrize("method", SYMMETRIC)
 def test_the_order_of_targets_does_not_matter(method):
-    base, targets = leaves(3, (8, 8))
-    one, other = (merge_leaf("a", base, xs, method=method, params={}) for xs in (targets, targets[::-1]))
-    np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
+    spec = MERGE_METHODS[method]
+    count = spec.max_targets or 3
+    base, targets = leaves(count, (8, 8))
+    order = [1, 2, 0][:count] if count > 2 else [1, 0]
+    each = {"weights": [0.5, 0.2, 0.4], "density": [0.6, 0.8, 0.9], "gamma": [0.1, 0.05, 0.0]}
+    params = {name: np.array(values[:count]) for name, values in each.items() if name in spec.parameters}
+    merged = [
+        merge_leaf("a", base, [targets[j] for j in js], method=method, params={n: v[js] for n, v in params.items()})
+        for js in (list(range(count)), order)
+    ]
+    np.testing.assert_allclose(*merged, rtol=0, atol=2e-6)
+    assert not np.allclose(merged[0], base, rtol=0, atol=1e-4)
+
+
+def test_karcher_differs_as_its_gradient_says():
+    _, targets = leaves(3, (8, 8))
+    rng = np.random.default_rng(1)
+    targets = [rng.standard_normal((8, 8)).astype(np.float32) for _ in targets]  # wide angles
+    towards, weigh = (jnp.asarray(rng.standard_normal((8, 8)), jnp.float32) for _ in range(2))
+
+    def value(step):
+        moved = [jnp.asarray(targets[0]) + step * towards, *targets[1:]]
+        return jnp.sum(weigh * merge_leaf("a", None, moved, method="karcher", params={}))
+
+    step = 1e-2
+    difference = (value(jnp.float32(step)) - value(jnp.float32(-step))) / (2 * step)
+    np.testing.assert_allclose(jax.grad(value)(jnp.float32(0)), difference, rtol=2e-3)
 
 
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp", "model_stock", "nearswap", "ram", "dare_linear", "della"])
