@@ -13,6 +13,7 @@ from fusejax.io.hf import load_hf_model, save_hf_model
 from fusejax.io.models import open_model
 from fusejax.stages import train as stage
 from fusejax.stages.run import run_stages
+from fusejax.types import TrainState
 from tests.stages.tiny import make_config, texts, write_jsonl
 
 BEFORE = ("prepare", "capture", "align", "fuse")
@@ -38,7 +39,7 @@ def test_narrow_weights_are_trained_in_float32_and_kept_narrow(config, tmp_path,
 
     def fit(label, start, *rest, **options):
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(start))
-        return SimpleNamespace(state=SimpleNamespace(params=start, step=1), compile_seconds=0.0, peak_bytes=0)
+        return SimpleNamespace(state=TrainState(1, start, ()), compile_seconds=0.0, peak_bytes=0)
 
     monkeypatch.setattr(stage, "fit", fit)
     run_stages(config, ("train",))
@@ -47,6 +48,15 @@ def test_narrow_weights_are_trained_in_float32_and_kept_narrow(config, tmp_path,
     for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(kept), strict=True):
         assert b.dtype == a.dtype
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_model_trained_with_narrow_weights_is_written_from_its_float32_copy(config, tmp_path):
+    memory = config.memory.model_copy(update={"param_dtype": "bfloat16", "moments_dtype": "bfloat16"})
+    run_stages(config.model_copy(update={"memory": memory}), (*BEFORE, "train"))
+    kept = open_model(tmp_path / "run" / "models" / "fused").params
+    leaf = kept["embed"]["embedding"]
+    assert leaf.dtype == np.float32 and np.any(leaf != leaf.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_fused_targets_of_another_configuration_or_text_are_refused(config, tmp_path):
