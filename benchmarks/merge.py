@@ -32,6 +32,7 @@ from fusejax.io.stream_write import TensorWriter
 CASES = {  # name -> arguments, how many targets, mergekit's method and parameters, its published CPU s and RssAnon
     "linear": (["--method", "linear"], 3, {}, (16.7, 2.7e9)),
     "task_arithmetic": (["--method", "task_arithmetic"], 3, {}, (16.4, 3.6e9)),
+    "linear to a checkpoint": (["--method", "linear", "--format", "checkpoint"], 3, {}, None),
     "slerp": (["--method", "slerp", "--t", "0.4"], 1, {"t": 0.4}, (27.4, 2.5e9)),
     "sce 1.0": (["--method", "sce"], 3, {"select_topk": 1.0}, (49.8, 2.9e9)),
     "sce 0.1": (["--method", "sce", "--select-topk", "0.1"], 3, {"select_topk": 0.1}, (187.9, 3.0e9)),
