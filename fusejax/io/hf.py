@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,13 +191,13 @@ class _Tensors:
         ]
         return problems
 
-    def read_leaf(self, spec: ParamSpec, dtype: Any) -> np.ndarray:
-        """Returns one leaf in our layout, its tensors read one after another."""
-        if not spec.stack:
+    def read_leaf(self, spec: ParamSpec, dtype: Any, *, allocate: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+        """Returns one leaf in our layout, its tensors read one after another into what `allocate` gives."""
+        if not spec.stack and allocate is np.empty:
             return np.ascontiguousarray(spec.from_hf(self._read(spec.hf_name, dtype)))
         names = spec.hf_names()
         first = spec.from_hf(self._read(names[0], dtype))
-        leaf = np.empty(spec.shape, first.dtype)
+        leaf = allocate(spec.shape, first.dtype)
         entries = leaf.reshape(len(names), *spec.layer_shape)
         entries[0] = first
         for i, name in enumerate(names[1:], start=1):

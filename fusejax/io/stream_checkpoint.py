@@ -1,10 +1,11 @@
-"""The tensors of a fusejax checkpoint under their Hugging Face names, one leaf in memory at a time.
+"""The tensors of a fusejax checkpoint under their Hugging Face names, a few chunks in memory at a time.
 
-A checkpoint holds stacked leaves, compressed, in our layout: a piece of one matrix cannot be read without decoding its
-whole leaf. So when its first tensor is asked for, a checkpoint is unpacked into unnamed files: leaf by leaf, each
-compared with its checksum, then tensor by tensor in the Hugging Face layout. From there on pieces are read like those
-of any other model. It costs two more writes of the model to the disk, and memory for one leaf. (Leaves are read by
-TensorStore, which Orbax writes by: Orbax itself restores trees.)
+A checkpoint holds stacked leaves, compressed, in our layout: a piece of one matrix cannot be read without decoding the
+chunks that it lies in. So when its first tensor is asked for, a checkpoint is unpacked into unnamed files: leaf by
+leaf, each compared with its checksum, then tensor by tensor in the Hugging Face layout. From there on pieces are read
+like those of any other model. It costs two more writes of the model to the disk, and memory for a row of chunks (a
+whole leaf, where others wrote it in one). (Leaves are read by TensorStore, which Orbax writes by: Orbax itself
+restores trees.)
 """
 
 import json
@@ -13,7 +14,7 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,23 +112,33 @@ class _Spool:
 
     def _unpack(self, path: str, file: Any) -> np.ndarray:
         """Writes one leaf to the end of a file and returns it mapped, so that it takes no memory of its own."""
-        leaf = self._read(path)
+        shape, dtype = tuple(self._saved[path]["shape"]), dtype_of(self._saved[path]["dtype"])
+        start = -(-os.fstat(file.fileno()).st_size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        place, size = start, math.prod(shape) * dtype.itemsize
+        for part in self._parts(path):
+            _write(file.fileno(), np.ascontiguousarray(part), place)
+            place += part.nbytes
+        mapped = mmap.mmap(file.fileno(), size, offset=start, prot=mmap.PROT_READ)
+        leaf = np.frombuffer(mapped, dtype).reshape(shape)
         if tree_checksums({path: leaf}) != {path: self._saved[path]["checksum"]}:
             raise InputError(f"{self._directory}: {path} is damaged; restore it from a copy")
-        start = -(-os.fstat(file.fileno()).st_size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        _write(file.fileno(), leaf, start)
-        mapped = mmap.mmap(file.fileno(), leaf.nbytes, offset=start, prot=mmap.PROT_READ)
-        return np.frombuffer(mapped, leaf.dtype).reshape(leaf.shape)
+        return leaf
 
-    def _read(self, path: str) -> np.ndarray:
+    def _parts(self, path: str) -> Iterator[np.ndarray]:
+        """Yields a leaf along its first axis, in pieces of whole chunks: what is decoded at once anyway."""
         base = f"file://{(self._directory / 'params').absolute()}"
         store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
         try:
-            found = ts.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
+            opened = ts.open({"driver": "zarr", "kvstore": store}, open=True).result()
+            if not opened.shape:
+                yield opened.read().result()
+                return
+            step = int((opened.chunk_layout.read_chunk.shape or (0,))[0] or opened.shape[0])
+            for start in range(0, opened.shape[0], step):
+                yield opened[start : start + step].read().result()
         except (ValueError, OSError) as error:
             reason = str(error).split("\n")[0][:300]
             raise InputError(f"{self._directory}: {path} cannot be read ({reason}); restore it") from error
-        return np.ascontiguousarray(found).view(dtype_of(self._saved[path]["dtype"]))
 
 
 def _write(descriptor: int, array: np.ndarray, place: int) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ def convert_in_place(directory: Path, *, settings: Mapping[str, Any], parents: M
     config = read_hf_config(directory)
     with contextlib.ExitStack() as stack:
         tensors = _Tensors(_open_files(directory, stack))
-        leaves = {path: _mapped(tensors.read_leaf(spec, None), directory) for path, spec in param_table(config).items()}
+        allocate = partial(_mapped, scratch=directory)
+        table = param_table(config)
+        leaves = {path: tensors.read_leaf(spec, None, allocate=allocate) for path, spec in table.items()}
     inner = directory / ".checkpoint"
     save_model(inner, unflatten_paths(leaves), json.loads((directory / "config.json").read_text(encoding="utf-8")))
     for path in directory.glob("*.safetensors*"):
@@ -46,12 +50,12 @@ def convert_in_place(directory: Path, *, settings: Mapping[str, Any], parents: M
         path.write_bytes(data)
 
 
-def _mapped(leaf: np.ndarray, scratch: Path) -> np.ndarray:
-    """Returns the leaf in an unnamed file, so that the model takes no memory of its own."""
-    if leaf.nbytes == 0:
-        return leaf
+def _mapped(shape: tuple[int, ...], dtype: np.dtype, *, scratch: Path) -> np.ndarray:
+    """Returns an array in an unnamed file, so that the model takes no memory of its own."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
     with tempfile.TemporaryFile(dir=scratch) as file:
-        file.write(leaf.reshape(-1).view(np.uint8).data)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), leaf.nbytes, prot=mmap.PROT_READ)
-    return np.frombuffer(mapped, leaf.dtype).reshape(leaf.shape)
+        file.truncate(size)
+        mapped = mmap.mmap(file.fileno(), size)
+    return np.frombuffer(mapped, dtype).reshape(shape)

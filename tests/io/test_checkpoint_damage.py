@@ -22,6 +22,7 @@ from fusejax.io.checkpoint import (
     restore_train_state,
     save_train_state,
     saved_states,
+    tree_checksums,
 )
 from tests.paths import ROOT
 
@@ -144,3 +145,14 @@ def test_an_audit_names_what_is_damaged_without_a_model(tmp_path, monkeypatch, c
     assert main(["verify", str(tmp_path), "--json"]) == 2
     (bad,) = json.loads(capsys.readouterr().out)["bad"]
     assert bad.startswith(str(directory / "4" / "layer.w"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8, np.bool_, np.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (), (0, 4), (29,)])
+def test_checksums_of_host_arrays_do_not_depend_on_blocks(monkeypatch, dtype, shape):
+    array = np.asarray(5 * np.random.default_rng(0).normal(size=shape)).astype(dtype)
+    whole = tree_checksums({"x": array})
+    monkeypatch.setattr("fusejax.io.checkpoint.checksums._BLOCK", 7)
+    assert tree_checksums({"x": array}) == whole
+    if array.dtype.itemsize < 8:  # a device has no float64 here
+        assert tree_checksums({"x": jnp.asarray(array)}) == whole

@@ -2,7 +2,7 @@
 
 A leaf's checksum mixes each element's bits with its index and sums modulo 2^32. The mix is a bijection, so one
 changed element always changes the sum; it does not depend on the sharding. It runs where the array lives; host arrays
-pass through one device leaf by leaf.
+pass through one device block by block.
 
 Checksums of leaves see every wrong number. Files also hold what Orbax does not read when it is told what to expect;
 digests of files see these too. Files above `LARGE` bytes hold elements, which the leaves' checksums cover: of these
@@ -37,6 +37,7 @@ __all__ = [
 CHECKSUMS = "checksums.json"  # of a model directory: leaves
 DIGESTS = "digests.json"  # of a step: files
 LARGE = 4 << 20
+_BLOCK = 4 << 20  # elements of a host array that are summed at once
 
 
 class DamagedCheckpoint(InputError):
@@ -150,19 +151,22 @@ def _mix(x: jax.Array) -> jax.Array:
 
 def _leaf_checksum(x: Any) -> jax.Array | int:
     if isinstance(x, jax.Array):
-        return _device_checksum(x)
-    x = np.asarray(x)
+        return _device_checksum(x, np.uint32(0))
+    x = np.ascontiguousarray(x).reshape(-1)
     if x.dtype.itemsize == 8:  # without x64 a device would cut these to 32 bits
-        x = np.ascontiguousarray(x).reshape(x.shape or (1,)).view(np.uint32)
-    return _device_checksum(jnp.asarray(x))
+        x = x.view(np.uint32)
+    starts = range(0, x.size, _BLOCK)
+    sums = (_device_checksum(jnp.asarray(x[start : start + _BLOCK]), np.uint32(start % 2**32)) for start in starts)
+    return sum(map(int, sums)) % 2**32
 
 
 @jax.jit
-def _device_checksum(x: jax.Array) -> jax.Array:
+def _device_checksum(x: jax.Array, start: jax.Array | np.uint32) -> jax.Array:
+    """The checksum of elements that stand from `start` on, in the order of their indices."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")).astype(jnp.uint32)
     index = jnp.zeros_like(words)
     for axis, size in enumerate(words.shape):
         index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(_mix(words ^ _mix(index + np.uint32(1))), dtype=jnp.uint32)
+    return jnp.sum(_mix(words ^ _mix(index + start + np.uint32(1))), dtype=jnp.uint32)

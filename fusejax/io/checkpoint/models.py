@@ -26,6 +26,9 @@ with warnings.catch_warnings():
 
 __all__ = ["load_model_params", "save_model"]
 
+_DATA_FILE_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20  # what is compressed at once, and can be read alone
+
 
 def save_model(
     directory: str | Path, params: Any, config: dict[str, Any], *, tokenizer_dir: str | Path | None = None
@@ -46,8 +49,7 @@ def save_model(
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         leaves = describe(params)
-        with quiet(), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-            checkpointer.save(fresh / "params", params)
+        _write(fresh / "params", params)
         (fresh / CHECKSUMS).write_text(json.dumps({"leaves": leaves}, indent=1) + "\n", encoding="utf-8")
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in _tokenizer_files(tokenizer_dir):
@@ -92,6 +94,32 @@ def load_model_params(directory: str | Path, *, shardings: Any | None = None) ->
         params = checkpointer.restore(directory / "params", item=target, restore_args=restore_args)
     verify(leaves, params, directory)
     return params
+
+
+def _write(place: Path, params: Any) -> None:
+    """Writes the leaves; arrays of the host are neither copied nor held until the last one is written.
+
+    They may be mapped files, and larger together than the memory. What Orbax has compressed it holds until a data file
+    is full: files of the usual two gigabytes would hold the whole of most models.
+    """
+    options = _alone()
+    if not all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        with quiet(), ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+            checkpointer.save(place, params)
+        return
+    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options)
+    chunked = jax.tree_util.tree_map_with_path(_chunked, params)
+    saved = ocp.args.PyTreeSave(params, save_args=chunked, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        checkpointer.save(place, args=saved)
+
+
+def _chunked(path: Any, _: np.ndarray) -> ocp.SaveArgs:
+    """How a leaf is cut: those of layers into layers first, so that a layer can be read alone."""
+    stacked = jax.tree_util.keystr(path[:1], simple=True) == "layers"
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
