@@ -12,6 +12,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # it would take SIGTERM from `fusejax.train.faults`
+    _make_room_for_faked_devices()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -86,6 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # At once: its peers may be waiting for it, and threads in C++ that were interrupted do not outlive Python.
         leave(code, error=error)
     return code
+
+
+def _make_room_for_faked_devices() -> None:
+    """Gives XLA more threads than a small machine has cores, where one CPU stands for several devices.
+
+    Devices of one process wait for each other in threads of one pool, as large as the machine or the number of
+    devices; with two of both, whatever else waits there made a collective time out.
+    """
+    told = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    count = int(told) if told.isdecimal() else int(flag[1]) if flag else 1
+    if count > 1:
+        os.environ.setdefault("NPROC", str(2 * count + (os.cpu_count() or 1)))  # XLA's own name for the pool's size
 
 
 def _run(name: str, rest: list[str]) -> None:

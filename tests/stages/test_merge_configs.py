@@ -49,6 +49,7 @@ def test_a_broken_config_is_named(models, tmp_path, text):
 @pytest.mark.parametrize("tied", [0, 1])
 def test_a_head_that_one_model_has(models, tmp_path, tied):
     """The tied model's embeddings stand in for its head, and the output has a head of its own."""
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tensors = [read_model(path) for path in models[:2]]
     del tensors[tied][HEAD]
