@@ -87,6 +87,8 @@ def parse_program(text: str) -> Program:
             entry = current if header[1] else entry
         elif current and (start := _LINE.match(line)):
             instruction = _instruction(start[2], line[start.end() :])
+            for operand in instruction.operands:
+                _write_out_element(computations[current], operand)
             computations[current][instruction.name] = instruction
             if start[1]:
                 roots[current] = instruction.name
@@ -104,8 +106,26 @@ def _instruction(name: str, rest: str) -> Instruction:
     if opcode in ("constant", "parameter"):
         return Instruction(name, shape, opcode, (), inside + rest[closing + 1 :])
     marked = "%" if "%" in inside else r"(?:^|, *)(?:/\*index=\d+\*/)?"  # the short form leaves the mark out
-    operands = re.findall(rf"{marked}([\w.\-]+)", inside)
+    operands = re.findall(rf"{marked}([\w.\-]+(?:#\d+)*)", inside)
     return Instruction(name, shape, opcode, tuple(operands), rest[closing + 1 :])
+
+
+def _write_out_element(inside: dict[str, Instruction], operand: str) -> None:
+    """Adds the get-tuple-element that jax 0.12 writes as `%whole#2` in the place of an operand."""
+    whole, mark, index = operand.rpartition("#")
+    if not mark or operand in inside:
+        return
+    _write_out_element(inside, whole)
+    elements, start, depth = [], 1, 0
+    shape = inside[whole].shape if whole in inside else "()"
+    for at, sign in enumerate(shape):
+        depth += (sign in "([{") - (sign in ")]}")
+        if (sign == "," and depth == 1) or (sign == ")" and depth == 0):
+            elements.append(shape[start:at].strip())
+            start = at + 1
+    if int(index) >= len(elements):
+        raise ValueError(f"{operand} is no element of {shape}")
+    inside[operand] = Instruction(operand, elements[int(index)], "get-tuple-element", (whole,), f", index={index}")
 
 
 def _closing(text: str, start: int) -> int:

@@ -114,3 +114,18 @@ def test_communication_hides_behind_the_rest_or_not_at_all():
     )
     assert time.compute == 2.0 == time.expected and time.at_peak == 1.0
     assert time.without_overlap == time.compute + time.communication
+
+
+def test_elements_written_in_the_place_of_operands_are_those_of_the_tuple() -> None:
+    """jax 0.12 writes `%p#1` for a get-tuple-element."""
+    text = """HloModule m
+ENTRY %main (p: (s32[], (f32[4,8]{1,0}, f32[8,2]{1,0}))) -> f32[4,2] {
+  %p = (s32[], (f32[4,8]{1,0}, /*index=1*/f32[8,2]{1,0})) parameter(0)
+  ROOT %d = f32[4,2]{1,0} dot(%p#1#0, %p#1#1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    program = parse_program(text)
+    assert dot_flops(program) == 2 * 4 * 8 * 2
+    assert program.computations["main"]["p#1"].operands == ("p",)
+    with pytest.raises(ValueError, match="no element"):
+        parse_program(text.replace("%p#1#1", "%p#1#2"))
