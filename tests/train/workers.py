@@ -34,7 +34,8 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_PREEMPTION_SERVICE": "false"},  # as the cli does
+            # as the command line does; NPROC: threads in which faked devices wait for each other
+            env=environment | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_PREEMPTION_SERVICE": "false", "NPROC": "16"},
         )
 
     def __enter__(self) -> "Workers":
