@@ -64,6 +64,14 @@ def test_names_default_to_the_last_part_of_the_path(tmp_path):
         ({"fusions": [{"name": "clm"}]}, r"reserved"),
         ({"fusions": [{"sources": ["z"]}]}, r"names source 'z'"),
         ({"merge": {"targets": ["z"]}}, r"merge names targets"),
+        ({"merge": [{"targets": ["z"]}, {"name": "x"}]}, r"merge 'merged-sce' names targets"),
+        ({"merge": [{}, {"parameters": {}}]}, r"merges must have different names"),
+        ({"merge": [{"name": "clm"}]}, r"merge names \['clm'\] are reserved"),
+        ({"merge": [{"name": "source-b"}]}, r"merge names \['source-b'\] are reserved"),
+        ({"merge": [{"name": "fused"}]}, r"fusions and merges must have different names"),
+        ({"merge": [{"methd": "sce"}]}, r"merge.0.methd: unknown key. Did you mean 'method'"),
+        ({"merge": "sce"}, r"merge: must be a merge, .* or a list"),
+        ({"merge": {}, "export": "mergd"}, r"export names 'mergd'. Did you mean 'merged'"),
         ({"fusions": []}, r"fusions: .*at least 1"),
         ({"fusions": [{"name": "base"}]}, r"reserved"),
         ({"fusions": [{"sources": ["b", "b"]}]}, r"names a source twice"),
@@ -80,6 +88,20 @@ def test_names_default_to_the_last_part_of_the_path(tmp_path):
 def test_mistakes_are_named(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         load_config(_file(tmp_path, _MINIMAL | change))
+
+
+def test_one_merge_is_called_merged_and_those_of_a_list_after_their_methods(tmp_path):
+    one = load_config(_file(tmp_path, _MINIMAL | {"merge": {"method": "ties"}}))
+    assert [merge.name for merge in one.merge] == ["merged"] and one.exported == "merged"
+    listed = [{"method": "ties"}, {}, {"name": "own", "method": "varm"}]
+    several = load_config(_file(tmp_path, _MINIMAL | {"merge": listed}))
+    assert [merge.name for merge in several.merge] == ["merged-ties", "merged-sce", "own"]
+    assert several.exported == "merged-ties"
+    assert load_config(_file(tmp_path, _MINIMAL | {"merge": listed, "export": "own"})).exported == "own"
+    assert load_config(_file(tmp_path, _MINIMAL)).exported == "fused"
+    for config in (one, several):
+        save_config(config, tmp_path / "again.yaml")
+        assert load_config(tmp_path / "again.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "just text"])

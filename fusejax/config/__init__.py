@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 from fusejax.config.inputs import CorpusConfig, ImportConfig, ModelRef, TextSource
+from fusejax.config.merges import MergeConfig
 from fusejax.config.run import RunConfig, load_config, save_config
 from fusejax.config.stages import (
     AlignConfig,
@@ -37,7 +38,6 @@ from fusejax.config.stages import (
     LogConfig,
     LossConfig,
     MemoryConfig,
-    MergeConfig,
     MeshConfig,
     TrainConfig,
 )

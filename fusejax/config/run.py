@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from fusejax.config.base import Config
 from fusejax.config.inputs import CorpusConfig, ModelRef
+from fusejax.config.merges import MergeConfig, listed
 from fusejax.config.pairwise import PairwiseConfig, written_out
 from fusejax.config.stages import (
     AlignConfig,
@@ -20,7 +21,6 @@ from fusejax.config.stages import (
     LogConfig,
     LossConfig,
     MemoryConfig,
-    MergeConfig,
     MeshConfig,
     TrainConfig,
 )
@@ -46,8 +46,13 @@ class RunConfig(Config):
     mesh: MeshConfig = MeshConfig()
     faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()
-    merge: MergeConfig | None = Field(default=None, description="None: nothing is merged.")
+    merge: tuple[MergeConfig, ...] = Field(
+        default=(), description="One merge of trained targets, or a list of them; none: nothing is merged."
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: str | None = Field(
+        default=None, description="Trained or merged model to export. None: the first merge, else the first fusion."
+    )
 
     @field_validator(
         "fusions", mode="before", json_schema_input_type=tuple[FusionConfig, ...] | PairwiseConfig | Literal["pairwise"]
@@ -58,16 +63,26 @@ class RunConfig(Config):
             return [{}] if isinstance(value, dict | str) else value
         return written_out(value, [source.name for source in info.data["sources"]])
 
+    @field_validator("merge", mode="before", json_schema_input_type=tuple[MergeConfig, ...] | MergeConfig | None)
+    @classmethod
+    def _merges(cls, value: Any) -> Any:
+        return listed(value)
+
     @model_validator(mode="after")
     def _names_agree(self) -> "RunConfig":
         names = [source.name for source in self.sources]
         fusions = [fusion.name for fusion in self.fusions]
-        for kind, found in (("sources", names), ("fusions", fusions)):
+        merges = [merge.name for merge in self.merge]
+        for kind, found in (("sources", names), ("fusions", fusions), ("merges", merges)):
             if len(set(found)) < len(found):
                 raise ValueError(f"{kind} must have different names, got {found}; set `name`")
-        reserved = {"base", "target", "clm", "merged", "ensemble"}
-        if bad := reserved & set(fusions):
+        reserved = {"base", "target", "clm", "ensemble", *(f"source-{name}" for name in names)}
+        if bad := (reserved | {"merged"}) & set(fusions):
             raise ValueError(f"fusion names {sorted(bad)} are reserved")
+        if bad := reserved & set(merges):
+            raise ValueError(f"merge names {sorted(bad)} are reserved")
+        if bad := set(fusions) & set(merges):
+            raise ValueError(f"fusions and merges must have different names, both have {sorted(bad)}; set `name`")
         for fusion in self.fusions:
             if len(set(fusion.sources)) < len(fusion.sources):
                 raise ValueError(f"fusion {fusion.name!r} names a source twice: {list(fusion.sources)}")
@@ -76,12 +91,27 @@ class RunConfig(Config):
             for name in fusion.sources:
                 if name not in names:
                     raise ValueError(f"fusion {fusion.name!r} names source {name!r}; sources are {names}")
-        trained = fusions + ["clm"] * self.train.baseline
-        if self.merge and (bad := set(self.merge.targets) - set(trained)):
-            raise ValueError(f"merge names targets {sorted(bad)}; trained are {trained}")
+        self._models_exist(fusions + ["clm"] * self.train.baseline, merges)
         if self.loss.clm_weight + self.loss.fusion_weight <= 0:
             raise ValueError("clm_weight and fusion_weight are both 0: nothing would be trained")
         return self
+
+    def _models_exist(self, trained: list[str], merges: list[str]) -> None:
+        for merge in self.merge:
+            if bad := set(merge.targets) - set(trained):
+                which = f"merge {merge.name!r}" if len(merges) > 1 else "merge"
+                raise ValueError(f"{which} names targets {sorted(bad)}; trained are {trained}")
+        if self.export is not None and self.export not in (made := trained + merges):
+            raise ValueError(f"export names {self.export!r}.{nearest(self.export, made)} Models are {made}")
+
+    @property
+    def exported(self) -> str:
+        """The model that `export` writes."""
+        return self.export or [*(merge.name for merge in self.merge), self.fusions[0].name][0]
+
+    def merge_targets(self, merge: MergeConfig) -> tuple[str, ...]:
+        """The trained models that a merge takes."""
+        return merge.targets or tuple(fusion.name for fusion in self.fusions)
 
     @model_validator(mode="after")
     def _rows_divide(self) -> "RunConfig":

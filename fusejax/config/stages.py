@@ -9,7 +9,6 @@ __all__ = [
     "LogConfig",
     "LossConfig",
     "MemoryConfig",
-    "MergeConfig",
     "MeshConfig",
     "TrainConfig",
 ]
@@ -213,14 +212,6 @@ class MeshConfig(Config):
     data: int = Field(default=1, ge=1, description="Replicas that see different rows.")
     fsdp: int = Field(default=1, ge=1, description="Shards of parameters and rows.")
     tensor: int = Field(default=1, ge=1, description="Shards of heads, mlp and vocabulary.")
-
-
-class MergeConfig(Config):
-    """Merging the fused targets."""
-
-    method: str = Field(default="sce", description="A method of `fusejax merge --help`.")
-    targets: tuple[str, ...] = Field(default=(), description="Trained targets to merge; empty: all fusions.")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the method.")
 
 
 class EvaluateConfig(Config):

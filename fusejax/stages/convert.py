@@ -42,9 +42,9 @@ def command(name: str, words: list[str]) -> Result:
 
 
 def export_run(run: Run) -> dict[str, Any]:
-    """Exports the run's last model (merged, else the first fusion's) to `<output>/export`."""
+    """Exports one model of the run (`export`, else the first merge, else the first fusion's) to `<output>/export`."""
     out = run.directory / "export"
-    arm = "merged" if run.config.merge else run.config.fusions[0].name
+    arm = run.config.exported
     source = run.model_dir(arm)
     if not source.is_dir():
         raise InputError(f"{source} does not exist: train (and merge) before export")

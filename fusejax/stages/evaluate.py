@@ -60,7 +60,7 @@ def score_texts(
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Evaluates sources, target, every trained arm, the merged model and the ensemble; writes result.json."""
+    """Evaluates sources, target, every trained arm, every merge and the ensemble; writes result.json."""
     documents = read_corpus(run.corpus_dir, "test")
     domains = [document.domain for document in documents]
     table: dict[str, dict[str, float]] = {}
@@ -84,7 +84,7 @@ def _models(run: Run) -> dict[str, ModelRef]:
     found = {f"source:{source.name}": source for source in config.sources if source.distributions is None}
     found["target"] = config.target
     arms = (["clm"] if config.train.baseline else []) + [fusion.name for fusion in config.fusions]
-    arms += ["merged"] if config.merge else []
+    arms += [merge.name for merge in config.merge]
     for arm in arms:
         if not (run.model_dir(arm) / MANIFEST).is_file():
             raise InputError(f"{run.model_dir(arm)} is not there: run `fusejax train` and `fusejax merge` first")

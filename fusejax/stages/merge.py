@@ -1,7 +1,7 @@
 """merge: several targets become one, in parameter space (artefact A7).
 
 Models are streamed from file to file (`merge_files`, `merge_engine`): by the command between any directories, by the
-stage of a run from what the run has trained to a checkpoint of its own.
+stage of a run from what the run has trained to checkpoints of their own.
 """
 
 __all__ = ["command", "merge_run"]
@@ -13,33 +13,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusejax.errors import InputError
-from fusejax.io.manifest import Manifest, fingerprint_of
+from fusejax.io.manifest import MANIFEST, Manifest, fingerprint_of, read_manifest
 from fusejax.io.stream_write import refuse_occupied
 from fusejax.merging import MERGE_METHODS
 from fusejax.stages.merge_recipes import extended, flags_to_parameters, read_recipes
 
 if TYPE_CHECKING:  # a merge of files needs neither Orbax nor the configuration of runs
+    from fusejax.config import MergeConfig
     from fusejax.stages.command import Result
     from fusejax.stages.context import Run
     from fusejax.stages.merge_files import Job, Options
 
 
-def merge_run(run: "Run") -> Manifest | None:
-    """Merges the trained targets of a run; nothing where the configuration has no `merge`."""
-    from fusejax.io.manifest import read_manifest
+def merge_run(run: "Run") -> list[Manifest]:
+    """Makes every merge of a run's trained targets that is not made yet.
+
+    Raises:
+      InputError: a target is not there; told before anything is merged.
+    """
+    for merge in run.config.merge:
+        for arm in run.config.merge_targets(merge):
+            if not (run.model_dir(arm) / MANIFEST).is_file():
+                raise InputError(f"merge {merge.name!r} takes {run.model_dir(arm)}, which is not there: train it first")
+    return [_merge_one(run, merge) for merge in run.config.merge]
+
+
+def _merge_one(run: "Run", options: "MergeConfig") -> Manifest:
+    """Merges trained targets of a run into a checkpoint, unless that is done."""
     from fusejax.io.models import model_fingerprint
     from fusejax.stages.context import finished
     from fusejax.stages.merge_files import Options, opened_job, perform
 
-    options = run.config.merge
-    if options is None:
-        return None
-    arms = list(options.targets) or [fusion.name for fusion in run.config.fusions]
+    arms = list(run.config.merge_targets(options))
     base = run.model_path(run.config.target)
     settings = {"method": options.method, "parameters": options.parameters, "targets": arms}
     parents = {arm: model_fingerprint(run.model_dir(arm)) for arm in arms}
     parents["base"] = run.fingerprint(run.config.target)
-    directory = run.model_dir("merged")
+    directory = run.model_dir(options.name)
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
     run.replace_stale(directory)
@@ -47,7 +57,7 @@ def merge_run(run: "Run") -> Manifest | None:
     recipe["parameters"] = dict(options.parameters)
     directory.parent.mkdir(parents=True, exist_ok=True)
     how = Options(checkpoint=True, settings=settings, parents=parents)
-    scratch = tempfile.TemporaryDirectory(prefix=".merged.", dir=directory.parent)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=directory.parent)
     with scratch as place, opened_job(recipe, {}, scratch=Path(place)) as job:
         perform(job, directory, how)
     return read_manifest(directory)

@@ -61,6 +61,6 @@ def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int) -> dict[st
         "A3 aligned": (len(names) + target_too) * store(top_k),
         "A4 fused": fused,
         "A6 train states": _CHECKPOINTS * config.memory.state_bytes * params,
-        "A7 models": (arms + (config.merge is not None)) * _WEIGHT * params,
+        "A7 models": (arms + len(config.merge)) * _WEIGHT * params,
         "A8 export": _WEIGHT * params,
     }

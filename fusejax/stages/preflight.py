@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Collection
 
 from fusejax.errors import InputError
+from fusejax.io.manifest import MANIFEST
 from fusejax.io.models import open_config
 from fusejax.io.tokenizers import check_vocabulary
-from fusejax.merging.registry import resolve
+from fusejax.merging.registry import MERGE_METHODS, resolve
 from fusejax.models import count_params
 from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
@@ -43,9 +44,27 @@ def check_before(run: Run, names: Collection[str]) -> None:
         _check_disk(run, count_params(model))
         if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise InputError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it")
-    if "merge" in names and config.merge is not None:
-        targets = config.merge.targets or config.fusions
-        resolve(config.merge.method, config.merge.parameters, len(targets), True)
+    if "merge" in names:
+        _check_merges(run, trained_now="train" in names)
+
+
+def _check_merges(run: Run, *, trained_now: bool) -> None:
+    """Refuses merges that cannot be made, all of them at once."""
+    problems = []
+    for merge in run.config.merge:
+        targets = run.config.merge_targets(merge)
+        missing = [arm for arm in targets if not trained_now and not (run.model_dir(arm) / MANIFEST).is_file()]
+        if missing:
+            problems.append(f"merge {merge.name!r} takes {', '.join(missing)}: train first (fusejax train CONFIG)")
+        try:
+            resolve(merge.method, merge.parameters, len(targets), True)
+        except InputError as error:
+            known = MERGE_METHODS.get(merge.method)
+            few = known is not None and known.max_targets is not None and len(targets) > known.max_targets
+            named = f" It was given {', '.join(targets)}; choose with `targets`." if few else ""
+            problems.append(f"merge {merge.name!r}: {error}{named}")
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def _check_disk(run: Run, params: int) -> None:

@@ -8,7 +8,7 @@ that were lost where the machine and the versions are the same; what came out is
 __all__ = ["repair"]
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fusejax.config import load_config
@@ -48,16 +48,17 @@ def repair(damage: Mapping[Path, Mapping[str, str]]) -> list[str]:
         by_run.setdefault(_run_directory(directory), []).append(directory)
     for root, directories in by_run.items():
         for directory in directories:
-            _stage(root, directory)  # refuses before anything is touched
+            _stage(root, directory, ())  # refuses before anything is touched
     return [line for root, directories in by_run.items() for line in _repair_run(root, directories, damage)]
 
 
 def _repair_run(root: Path, directories: list[Path], damage: Mapping[Path, Mapping[str, str]]) -> list[str]:
     """Repairs artefacts of one run, parents first, leaving its configuration as it is."""
     run = Run(load_config(root / "config.yaml").model_copy(update={"output": str(root)}))
+    merges = [merge.name for merge in run.config.merge]
     done = []
     for stage, make in STAGES.items():
-        of_stage = [directory for directory in directories if _stage(root, directory) == stage]
+        of_stage = [directory for directory in directories if _stage(root, directory, merges) == stage]
         before, removed = {directory: _manifest(directory) for directory in of_stage}, {}
         for directory in of_stage:
             if stage == "capture":
@@ -79,11 +80,11 @@ def _run_directory(directory: Path) -> Path:
     raise InputError(f"{directory} belongs to no run (no config.yaml above it): copy it again from where it came")
 
 
-def _stage(root: Path, directory: Path) -> str:
+def _stage(root: Path, directory: Path, merges: Collection[str]) -> str:
     parts = directory.resolve().relative_to(root).parts
     if parts[0] not in _STAGE_OF:
         raise InputError(f"no stage of {root / 'config.yaml'} makes {directory}: copy it again from where it came")
-    return "merge" if parts == ("models", "merged") else _STAGE_OF[parts[0]]
+    return "merge" if parts in {("models", name) for name in merges} else _STAGE_OF[parts[0]]
 
 
 def _manifest(directory: Path) -> Manifest | None:

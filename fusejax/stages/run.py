@@ -191,11 +191,12 @@ def _dry_run(config: RunConfig, names: tuple[str, ...], only: tuple[str, ...] | 
         steps.append(("train", f"{fusion.name}: from {target} -> {run.model_dir(fusion.name)}"))
     if config.train.baseline and only is None:
         steps.append(("train", f"clm: from {target} -> {run.model_dir('clm')}"))
-    if config.merge:
-        steps.append(("merge", f"{config.merge.method} -> {run.model_dir('merged')}"))
+    for merge in config.merge:
+        of = ", ".join(config.merge_targets(merge))
+        steps.append(("merge", f"{merge.name}: {merge.method} of {of} -> {run.model_dir(merge.name)}"))
     steps.insert(0, ("prepare", f"{', '.join(s.path for s in config.corpus.train)} -> {run.corpus_dir}"))
     steps.append(("evaluate", f"bits per byte of every model -> {run.directory / 'result.json'}"))
-    steps.append(("export", f"Hugging Face directory -> {run.directory / 'export'}"))
+    steps.append(("export", f"{config.exported} as a Hugging Face directory -> {run.directory / 'export'}"))
     steps.append(("report", f"-> {run.directory / 'report.html'}"))
     order = list(STAGES)
     wanted = sorted((step for step in steps if step[0] in names), key=lambda step: order.index(step[0]))

@@ -79,7 +79,7 @@ def test_the_recipes_of_fusechat_are_the_published_ones(name, sources, method):
     assert (train.epochs, train.batch_size, train.seq_len, config.capture.top_k) == (3, 128, 2048, 10)
     assert (train.learning_rate, train.schedule, train.warmup_ratio, train.clip_norm) == (5e-6, "cosine", 0.03, 1.0)
     assert (train.adam_b1, train.adam_b2, train.weight_decay) == (0.9, 0.999, 0.0)
-    assert config.merge is not None and config.merge.method == method
+    assert [merge.method for merge in config.merge] == [method]
     assert config.corpus.chat_template == "openchat_3.5"
 
 

@@ -19,8 +19,6 @@ from tests.stages.tiny import make_config
         ("train", {"seq_len": 128}, r"seq_len is 128, but .*target has 64 positions"),
         ("mesh", {"data": 64}, r"`mesh`: .*needs 64 devices"),
         ("mesh", {"tensor": 8}, r"(?s)`mesh`: .*kv_heads = 1 over tensor = 8"),
-        ("merge", {"method": "scee"}, r"unknown merge method 'scee'"),
-        ("merge", {"parameters": {"select_topp": 1}}, r"Did you mean 'select_topk'"),
     ],
 )
 def test_a_mistake_of_a_late_stage_is_told_first(tmp_path, section, change, message):
@@ -29,6 +27,30 @@ def test_a_mistake_of_a_late_stage_is_told_first(tmp_path, section, change, mess
     with pytest.raises(InputError, match=message):
         run_stages(config.model_copy(update={section: part}))
     assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_mistakes_of_all_merges_are_told_first(tmp_path):
+    merges = [
+        {"method": "scee"},
+        {"parameters": {"select_topp": 1}},
+        {"method": "slerp", "targets": ["fused", "mixed", "clm"]},
+        {"name": "two", "method": "slerp", "targets": ["fused", "mixed"]},
+    ]
+    config = make_config(tmp_path, merge=merges)
+    with pytest.raises(InputError) as raised:
+        run_stages(config)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 3
+    assert "merge 'merged-scee': unknown merge method 'scee'" in lines[0]
+    assert "merge 'merged-sce': " in lines[1] and "Did you mean 'select_topk'" in lines[1]
+    assert "takes 1 to 2 targets, got 3. It was given fused, mixed, clm; choose with `targets`" in lines[2]
+    assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_a_target_that_is_not_trained_is_told_before_merging(tmp_path):
+    config = make_config(tmp_path, merge=[{"targets": ["fused"]}, {"name": "x", "targets": ["fused", "clm"]}])
+    with pytest.raises(InputError, match=r"'merged-sce' takes fused: train first.*\n.*'x' takes fused, clm: train"):
+        run_stages(config, ("merge",))
 
 
 def test_a_target_without_tokenizer_is_told_before_capture(tmp_path):
