@@ -31,9 +31,7 @@ def test_several_merges_are_told_apart_by_their_numbers(tmp_path):
     assert (own.name, own.method, own.targets) == ("own", "varm", ("fused", "clm"))
     assert own.parameters == {"granularity": "tensor"}
     assert parse_config("run", [str(path), "--merge.1.method", "sce"], "").merge[1].name == "own"
-    with pytest.raises(
-        InputError, match=r"0 \(merged-sce\), 1 \(own\)\. Say which: --merge\.0\.method"
-    ):
+    with pytest.raises(InputError, match=r"0 \(merged-sce\), 1 \(own\)\. Say which: --merge\.0\.method"):
         parse_config("run", [str(path), "--merge.method", "ties"], "")
     with pytest.raises(InputError, match=r"no merge 2"):
         parse_config("run", [str(path), "--merge.2.parameters.t", "1"], "")
