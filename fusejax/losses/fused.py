@@ -193,18 +193,32 @@ def _masks_and_weights(batch: FusionBatch, clm_weight: Any, fusion_weight: Any, 
     return (trained, kl_mask), jax.lax.stop_gradient((clm.astype(jnp.float32), kl.astype(jnp.float32)))
 
 
-def _metrics(out: tuple, folded: Array, masks: tuple, mixing: Array, rest: Array) -> dict[str, Array]:
+def _metrics(out: tuple, folded: Array, masks: tuple, batch: FusionBatch, sources: int) -> dict[str, Array]:
     clm, kl = out
     tokens = masks[0].sum(dtype=jnp.float32)
     supervised = masks[1].any(axis=-1).sum(dtype=jnp.float32)
-    fusion = jnp.where(masks[1], kl * mixing, 0.0).sum()
-    return {
+    fusion = jnp.where(masks[1], kl * batch.weights, 0.0).sum()
+    rest = batch.targets.residual_logprob
+    per_source = _per_source(kl, masks[1], batch, supervised, sources) if sources and kl.shape[-1] else {}
+    return per_source | {
         "clm_nats": clm.sum() / jnp.maximum(tokens, 1.0),
         "fusion_nats": fusion / jnp.maximum(supervised, 1.0),
         "tokens": tokens,
         "supervised_tokens": supervised,
         "floored_rests": rest_floored(rest, masks[1]).sum(dtype=jnp.float32),
         "folded_events": jnp.where(masks[1].any(axis=-1), folded, 0).sum(dtype=jnp.float32),
+    }
+
+
+def _per_source(kl: Array, mask: Array, batch: FusionBatch, supervised: Array, sources: int) -> dict[str, Array]:
+    """What each row of the group tables supervises, [S]; the comparison [B, T, M, S] is summed as it is made."""
+    own = mask[..., None] & (batch.partition[..., None] == jnp.arange(sources, dtype=jnp.int32))
+    nats, weights = (jnp.where(own, x[..., None], 0.0).sum(axis=(0, 1, 2)) for x in (kl, batch.weights))
+    positions = own.sum(axis=(0, 1, 2), dtype=jnp.float32)
+    return {
+        "source_nats": nats / jnp.maximum(positions, 1.0),
+        "source_tokens": positions,
+        "source_share": weights / jnp.maximum(supervised, 1.0),
     }
 
 
@@ -246,7 +260,9 @@ def batch_fusion_loss(
 
     Returns:
       (loss [] float32, metrics: float32 scalars `clm_nats` per trained token, `fusion_nats` per supervised token,
-      `tokens`, `supervised_tokens`, `folded_events`; `floored_rests`, the distributions whose rest is below the floor).
+      `tokens`, `supervised_tokens`, `folded_events`; `floored_rests`, the distributions whose rest is below the floor;
+      with groups also, [S] float32 per row of them: `source_tokens`, the positions it supervises, `source_nats`, its
+      mean divergence there, `source_share`, its part of the weights of the supervised positions).
 
     Raises:
       InputError: sizes that the mesh cannot split; ValueError: options that cannot be used.
@@ -267,4 +283,5 @@ def batch_fusion_loss(
     groups = _put(groups, place, P())
     result: Any = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
     loss, out, folded = result
-    return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch.weights, batch.targets.residual_logprob))
+    sources = 0 if groups is None else groups.offsets.shape[0]
+    return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch, sources))

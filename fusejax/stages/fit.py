@@ -67,6 +67,7 @@ def fit(
     loss: Mapping[str, Any],
     groups: EventGroups | None,
     identity: Mapping[str, Any],
+    sources: Sequence[str] = (),
     mesh: Mapping[str, int] | None = None,
     max_steps: int | None = None,
     accumulation: int = 1,
@@ -94,6 +95,7 @@ def fit(
       loss: options of `batch_fusion_loss`.
       groups: event groups, one row per source; None without fusion.
       identity: what determines the result; another one than last time starts afresh, saying so.
+      sources: a name for each row of `groups`, for the metrics.
       mesh: sizes of the mesh axes; None or all 1: one device.
       max_steps: stop earlier than the loader's end.
       accumulation, compute_dtype, remat, checkpoint_every, log_every, tensorboard: see `TrainConfig`.
@@ -130,6 +132,7 @@ def fit(
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             on_step=_reporter(bar, tokens_per_step, watch),
+            names=sources,
             **placed,
         )
 

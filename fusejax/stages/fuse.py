@@ -9,7 +9,7 @@ partition into single tokens (one more row of the tables), with its source's wei
 over symbols, so at such positions the weights sum to more than 1.
 """
 
-__all__ = ["PARTITIONS", "fuse", "fuse_document"]
+__all__ = ["CHAINS", "PARTITIONS", "fuse", "fuse_document"]
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +35,7 @@ from fusejax.stages.lineage import check_aligned
 from fusejax.stages.together import close_together, own_shards, shared_writer
 
 PARTITIONS = "partitions.npz"
+CHAINS = "+chain"  # the name of the chains' row of these; no source can have it
 _TARGET_FIELDS = ("ids", "logprobs", "residual_logprob")
 
 

@@ -26,7 +26,7 @@ from fusejax.parallel import is_first, own_rows, to_host
 from fusejax.stages.capture import chat_settings
 from fusejax.stages.context import Run, finished
 from fusejax.stages.fit import Optimization, fit, placement
-from fusejax.stages.fuse import PARTITIONS
+from fusejax.stages.fuse import CHAINS, PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
 from fusejax.stages.together import meet
@@ -63,7 +63,8 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     directory = run.model_dir(arm)
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
-    check_lineage(run, next(fusion for fusion in config.fusions if run.fused_dir(fusion.name) == fused_dir))
+    fusion = next(fusion for fusion in config.fusions if run.fused_dir(fusion.name) == fused_dir)
+    check_lineage(run, fusion)
     meet(f"train {arm}")  # nobody looks at what is removed next
     if is_first():
         run.replace_stale(directory)
@@ -81,6 +82,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         packed=options.packing,
         use_targets=fusing,
     )
+    groups = _groups(reader) if fusing else None
     result = fit(
         f"train {arm}",
         _widened(start.params),
@@ -89,7 +91,8 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         run.train_dir(arm),
         optimization=Optimization.of(config),
         loss=loss,
-        groups=_groups(reader) if fusing else None,
+        groups=groups,
+        sources=() if groups is None else _rows_of(run.fusion_sources(fusion), groups),
         identity=settings | parents,
         mesh=mesh,
         max_steps=options.max_steps,
@@ -170,6 +173,11 @@ def _widened(params: Any) -> Any:
 
 def _corpus(run: Run) -> str:
     return read_manifest(run.corpus_dir, kind="corpus").fingerprint
+
+
+def _rows_of(sources: list[str], groups: EventGroups) -> list[str]:
+    """Names of the rows of the group tables: the sources in order, and the chains' where there are any."""
+    return [*sources, CHAINS][: groups.offsets.shape[0]]
 
 
 _WITHOUT_EFFECT = {"baseline", "checkpoint_every", "evaluate_every", "log_every", "tensorboard"}

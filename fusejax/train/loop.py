@@ -19,7 +19,7 @@ it is doing. Without that, signals do what they do in any Python program.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -95,6 +95,7 @@ def train(
     evaluate_every: int = 0,
     annotate: Callable[[Values], Mapping[str, float]] | None = None,
     on_step: Callable[[int, Values], None] | None = None,
+    names: Sequence[str] = (),
     faults: FaultPolicy = _CAREFUL,
 ) -> TrainResult:
     """Trains `params` on the loader's batches and returns the final state.
@@ -112,7 +113,7 @@ def train(
         tensorboard_dir, wandb_project: see `MetricsWriter`.
         schedule: learning rate of update n, to report it; annotate: more numbers for a step's line, from the others.
         evaluate: `(params, step) -> numbers`, every `evaluate_every` steps and at the end (0: at the end only).
-        on_step: `(step, values)` after each step, for progress.
+        on_step: `(step, values)` after each step; names: of vector metrics' elements, `metric/name` each.
         faults: what happens when something goes wrong.
 
     Raises:
@@ -142,7 +143,8 @@ def train(
         step_fn = make_train_step(loss_fn, optimizer, accumulation=accumulation)
         example = place(loader.batch(start or 0), batch_sharding)
         compiled, seconds, peak = _compile(step_fn, state, example, shardings, limited=faults.spike_factor is not None)
-        run = _Run(state, loader, compiled, start or 0, batch_sharding=batch_sharding, guard=guard, skips=skips)
+        how = {"batch_sharding": batch_sharding, "guard": guard, "skips": skips, "names": names}
+        run = _Run(state, loader, compiled, start or 0, **how)
         run.report = _reporter(writer, log_every, total, schedule, annotate, on_step)
         evaluation = (evaluate, evaluate_every, writer)
         with guard.training():
@@ -205,9 +207,10 @@ class _Run:
         batch_sharding: Any,
         guard: Guard,
         skips: SkipPolicy,
+        names: Sequence[str],
     ):
         self.state, self.step, self.history = state, step, []
-        self._guard, self._skips = guard, skips
+        self._guard, self._skips, self._names = guard, skips, names
         self._loader, self._compiled, self._batch_sharding = loader, compiled, batch_sharding
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.perf_counter()
@@ -236,7 +239,7 @@ class _Run:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = _scalars(jax.device_get(metrics), self._names)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         told = self._skips.judge(
@@ -274,6 +277,18 @@ class _Run:
         if now:
             saver.wait()
         self._clock = time.perf_counter()
+
+
+def _scalars(metrics: Mapping[str, Any], names: Sequence[str]) -> Values:
+    """Metrics as floats: the elements of a vector [N] by their names, or numbers where there are none."""
+    found: Values = {}
+    for metric, value in metrics.items():
+        if np.ndim(value):
+            keys = names or range(len(value))
+            found |= {f"{metric}/{key}": float(x) for key, x in zip(keys, value, strict=True)}
+        else:
+            found[metric] = float(value)
+    return found
 
 
 def _drive(

@@ -26,7 +26,12 @@ from fusejax.types import FusionBatch, MasterState, TrainState
 __all__ = ["LossFn", "TrainStep", "full_params", "init_train_state", "make_train_step"]
 
 Metrics = dict[str, jax.Array]
-MEANS = {"clm_nats": "tokens", "fusion_nats": "supervised_tokens"}  # metric: the count it is a mean over
+MEANS = {  # metric: the count it is a mean over
+    "clm_nats": "tokens",
+    "fusion_nats": "supervised_tokens",
+    "source_nats": "source_tokens",
+    "source_share": "supervised_tokens",
+}
 LossFn = Callable[[Any, FusionBatch, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limit])
 
@@ -55,7 +60,7 @@ def make_train_step(
     Args:
         loss_fn: `(params, batch, denominator) -> (loss, metrics)`: the loss is a float32 sum over the batch's
             positions divided by `denominator` ([] float32, trained tokens of the global batch); metrics are
-            float32 scalars, sums unless named in `means`.
+            float32, scalars or vectors that are added up elementwise, sums unless named in `means`.
         optimizer: an optax transformation.
         accumulation: number A of micro-batches; must divide the rows of the batch.
         means: name of a metric that is a mean -> name of the metric that counts what it is a mean over.

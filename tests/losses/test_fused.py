@@ -67,6 +67,27 @@ def test_partition_events_equal_a_dense_sum_per_symbol():
     assert metrics["folded_events"] == 0
 
 
+@pytest.mark.parametrize("sources", [(0, 1), (1, 0)], ids=str)
+def test_each_source_has_the_mean_divergence_of_its_own_positions(sources):
+    """Only one source's distributions left: its mean is the fusion loss; the weights are shared among all."""
+    batch, groups, _ = random_batch()
+    hidden, head = _arrays()
+    one, other = sources
+    (_, whole), _ = _grad(batch, groups)(hidden, head, batch)
+    alone = batch._replace(
+        partition=np.where(batch.partition == one, one, -1), weights=np.ones_like(batch.weights), mask=batch.mask
+    )
+    (_, single), _ = _grad(alone, groups)(hidden, head, alone)
+    own = (batch.mask[..., None] > 0) & (batch.partition == one) & (batch.weights > 0)
+    supervised = ((batch.mask[..., None] > 0) & (batch.partition >= 0) & (batch.weights > 0)).any(-1).sum()
+    assert whole["source_tokens"][one] == single["source_tokens"][one] == own.sum() > 0
+    assert single["source_tokens"][other] == single["source_nats"][other] == 0
+    np.testing.assert_allclose(whole["source_nats"][one], single["source_nats"][one], rtol=1e-6)
+    total = single["source_nats"][one] * single["source_tokens"][one]
+    np.testing.assert_allclose(total, single["fusion_nats"] * single["supervised_tokens"], rtol=1e-6)
+    np.testing.assert_allclose(whole["source_share"][one], (batch.weights * own).sum() / supervised, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def single():
     batch, groups, _ = random_batch()
