@@ -159,11 +159,14 @@ class TrainConfig(Config):
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
 
 
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
 class MemoryConfig(Config):
     """What training holds in memory; it always computes the update in float32."""
 
-    moments_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Dtype of AdamW's two moments; bfloat16 is rounded stochastically."
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32", description="Of AdamW's two moments; bfloat16 and int8 (codes) are rounded stochastically."
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights; bfloat16 has a float32 copy in the optimiser's state."
@@ -174,8 +177,11 @@ class MemoryConfig(Config):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes per parameter of a train state: the parameter, its float32 copy if any, and both moments."""
-        return (4 if self.param_dtype == "float32" else 6) + 2 * (4 if self.moments_dtype == "float32" else 2)
+        """Bytes per parameter of a train state: the parameter, its float32 copy if any, and both moments.
+
+        Moments in 8 bits have two bytes more for each row of a leaf, which are not in this.
+        """
+        return (4 if self.param_dtype == "float32" else 6) + 2 * MOMENT_BYTES[self.moments_dtype]
 
 
 class FaultsConfig(Config):

@@ -46,7 +46,7 @@ class Optimization(NamedTuple):
     adam_b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @classmethod

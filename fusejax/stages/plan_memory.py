@@ -20,10 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fusejax.config.stages import MOMENT_BYTES
 from fusejax.models import param_table
 from fusejax.parallel import ShardingRules, spec_for
 from fusejax.stages.plan_program import Compiled, Shape, local_share
 
+_TOP = 2  # bytes for each row of a leaf beside moments in 8 bits
 _STATE = 4  # bytes of float32: a parameter, each moment and a gradient, unless the configuration says otherwise
 
 
@@ -49,15 +51,29 @@ class Memory(NamedTuple):
 
 def _split(shape: Shape) -> dict[str, tuple[int, int]]:
     """Path -> (elements of one device, elements of its part over `tensor` alone)."""
-    rules, found = ShardingRules(), {}
+    found = {}
     for path, row in param_table(shape.model).items():
-        ways = tensor = 1
-        for entry in spec_for(row.axes, rules):
-            for axis in (entry,) if isinstance(entry, str) else entry or ():
-                ways *= shape.mesh[axis]
-                tensor *= shape.mesh[axis] if axis == "tensor" else 1
+        ways = _ways(row.axes, shape)
         size = math.prod(row.shape)
-        found[path] = -(-size // ways), -(-size // tensor)
+        found[path] = -(-size // math.prod(ways.values())), -(-size // ways.get("tensor", 1))
+    return found
+
+
+def _ways(axes: tuple[str, ...], shape: Shape) -> dict[str, int]:
+    """The mesh axes over which an array with these logical axes lies, and their sizes."""
+    found = {}
+    for entry in spec_for(axes, ShardingRules()):
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
+            found[axis] = shape.mesh[axis]
+    return found
+
+
+def _moment_bytes(shape: Shape, local: int) -> int:
+    """Both moments of one device's `local` parameters."""
+    found = 2 * MOMENT_BYTES[shape.optimization.moments_dtype] * local
+    if shape.optimization.moments_dtype == "int8":
+        for row in param_table(shape.model).values():
+            found += _TOP * math.prod(row.shape[:-1]) // math.prod(_ways(row.axes[:-1], shape).values())
     return found
 
 
@@ -74,7 +90,6 @@ def predict(shape: Shape) -> Memory:
     sizes, layers = _split(shape), shape.model.num_layers
     width = jnp.dtype(shape.model.dtype).itemsize
     param = jnp.dtype(shape.optimization.param_dtype).itemsize
-    moments = 2 * jnp.dtype(shape.optimization.moments_dtype).itemsize
     local = sum(own for own, _ in sizes.values())
     in_layers = sum(whole for path, (_, whole) in sizes.items() if path.startswith("layers."))
     kept, everything = _stacked(shape, shape.model.remat), _stacked(shape, "none")
@@ -93,8 +108,8 @@ def predict(shape: Shape) -> Memory:
     backward = int(share * _bytes(everything) / layers) + layer_weights
     loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
     items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
-    optimizer = moments + (_STATE if param < _STATE else 0)  # narrow parameters have a float32 master
-    return Memory(param * local, optimizer * local, _bytes(kept), sum(items.values()), items)
+    master = _STATE * local if param < _STATE else 0  # narrow parameters have a float32 copy
+    return Memory(param * local, _moment_bytes(shape, local) + master, _bytes(kept), sum(items.values()), items)
 
 
 def measure(shape: Shape, compiled: Compiled) -> Memory:

@@ -174,7 +174,8 @@ def place(tree: Any, sharding: Any | None) -> Any:
 def state_shardings(abstract: TrainState, mesh: Mesh, param_shardings: Any) -> TrainState:
     """Returns shardings for a whole train state: moments lie like their parameter, everything else is replicated.
 
-    An optimiser's leaf belongs to a parameter if its path ends in the parameter's path and the shapes agree.
+    An optimiser's leaf belongs to a parameter if its path ends in the parameter's path and the shapes agree, or if it
+    has one element for each row of the parameter.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract.params)
@@ -186,6 +187,8 @@ def state_shardings(abstract: TrainState, mesh: Mesh, param_shardings: Any) -> T
             shape, sharding = known.get(tuple(path[cut:]), (None, replicated))
             if shape == leaf.shape:
                 return sharding
+            if shape and (*shape[:-1], 1) == leaf.shape:
+                return NamedSharding(mesh, PartitionSpec(*sharding.spec[: len(shape) - 1]))
         return replicated
 
     opt_state = jax.tree_util.tree_map_with_path(of, abstract.opt_state)

@@ -13,20 +13,20 @@ What is kept between two updates may be narrower:
 * Moments in bfloat16 are rounded stochastically: to the nearest they would stop moving, since with b2 = 0.999 a
   second moment falls by a thousandth per update and bfloat16 resolves 2^-8. The random bits are a function of the
   number of updates and of the place in the tree, so that a run that is resumed, or on another mesh, draws the same.
+* Moments in 8 bits are codes, rounded alike; `fusejax.train.moments` says which and how far off they are.
 * Parameters in bfloat16 have a float32 master copy in the optimiser's state, from which they are rounded anew after
   each update: steps below their resolution add up there.
-
-Not here: moments in 8 bits, whose blocks would have to be cut where the mesh cuts the parameters.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fusejax.errors import InputError, nearest
+from fusejax.train.moments import Coded, decoded, encoded, ratio_bound
 from fusejax.types import MasterState
 
 __all__ = ["SCHEDULES", "Schedule", "make_optimizer", "make_schedule", "warmup_steps_from_ratio"]
@@ -34,6 +34,16 @@ __all__ = ["SCHEDULES", "Schedule", "make_optimizer", "make_schedule", "warmup_s
 Schedule = Callable[[Any], jax.Array]
 SCHEDULES = ("cosine", "linear", "constant")
 _KEPT = ("float32", "bfloat16")
+_MOMENTS = (*_KEPT, "int8")
+
+
+class CodedMoments(NamedTuple):
+    """AdamW's moments in 8 bits: trees like the parameters, see `fusejax.train.moments.Coded`."""
+
+    count: jax.Array  # [] int32, updates done
+    mu: Any
+    nu: Any
+    top: Any
 
 
 def warmup_steps_from_ratio(ratio: float, total_steps: int) -> int:
@@ -90,7 +100,7 @@ def make_optimizer(
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
     decay_mask: Any | None = None,
-    moments_dtype: Literal["float32", "bfloat16"] = "float32",
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32",
     param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Returns AdamW (decoupled decay, scaled by the rate) behind clipping by the global norm, all in float32.
@@ -101,7 +111,7 @@ def make_optimizer(
             (0.9, 0.999, decay 0) for FuseChat.
         clip_norm: largest global gradient norm, None to leave gradients alone.
         decay_mask: tree of bools like the params, True where decayed; required where `weight_decay` is not 0.
-        moments_dtype: in which both moments are kept; bfloat16 is rounded stochastically.
+        moments_dtype: in which both moments are kept; bfloat16 and int8 (codes) are rounded stochastically.
         param_dtype: in which `init_train_state` keeps the params; bfloat16 makes the state a `MasterState`.
 
     Raises:
@@ -113,12 +123,17 @@ def make_optimizer(
         raise InputError(f"AdamW with b1 {b1}, b2 {b2}, eps {eps}, weight_decay {weight_decay} is out of range.")
     if clip_norm is not None and not clip_norm > 0:
         raise InputError(f"clip_norm must be positive or None, got {clip_norm}.")
-    for name, dtype in (("moments_dtype", moments_dtype), ("param_dtype", param_dtype)):
-        if dtype not in _KEPT:
-            raise InputError(f"{name} must be one of {', '.join(_KEPT)}, got {dtype!r}.{nearest(dtype, _KEPT)}")
+    kinds = (("moments_dtype", moments_dtype, _MOMENTS), ("param_dtype", param_dtype, _KEPT))
+    for name, dtype, known in kinds:
+        if dtype not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {dtype!r}.{nearest(dtype, known)}")
+    if moments_dtype == "int8" and not b1**2 < b2:
+        raise InputError(f"moments_dtype int8 needs b1^2 < b2, which bounds the step, got b1 {b1}, b2 {b2}.")
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    parts.append(adam if moments_dtype == "float32" else _with_narrow_moments(adam))
+    if moments_dtype != "float32":
+        adam = _with_narrow_moments(adam) if moments_dtype == "bfloat16" else _with_coded_moments(adam, b1, b2)
+    parts.append(adam)
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
@@ -171,13 +186,41 @@ def _with_narrow_moments(adam: optax.GradientTransformation) -> optax.GradientTr
         wide = state._replace(mu=_cast(state.mu, jnp.float32), nu=_cast(state.nu, jnp.float32))
         updates, new = cast(Any, adam.update(updates, wide, params))
         (first, tree), second = jax.tree.flatten(new.mu), jax.tree.leaves(new.nu)
-        key = jax.random.fold_in(jax.random.key(0), new.count)
-        draws = [jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint32) for i, x in enumerate(first)]
+        draws = _noise(first, new.count)
         mu = [_rounded(x, bits & 0xFFFF) for x, bits in zip(first, draws, strict=True)]
         nu = [_rounded(x, bits >> 16) for x, bits in zip(second, draws, strict=True)]
         return updates, new._replace(mu=tree.unflatten(mu), nu=tree.unflatten(nu))
 
     return optax.GradientTransformation(init, update)
+
+
+def _with_coded_moments(adam: optax.GradientTransformation, b1: float, b2: float) -> optax.GradientTransformation:
+    """Keeps the moments of `optax.scale_by_adam` as codes of 8 bits, which each update sees in float32."""
+    bound = ratio_bound(b1, b2)
+
+    def init(params: Any) -> Any:
+        ratio = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.int8), params)
+        level = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.uint8), params)
+        top = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 1), jnp.int16), params)
+        return CodedMoments(jnp.zeros((), jnp.int32), ratio, level, top)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        grads, tree = jax.tree.flatten(updates)
+        codes = map(Coded, *(tree.flatten_up_to(part) for part in state[1:]))
+        mu, nu = zip(*(decoded(code, bound=bound) for code in codes), strict=True)
+        wide = optax.ScaleByAdamState(state.count, tree.unflatten(mu), tree.unflatten(nu))
+        updates, new = cast(Any, adam.update(updates, wide, params))
+        moments = zip(jax.tree.leaves(new.mu), jax.tree.leaves(new.nu), _noise(grads, new.count), strict=True)
+        kept = zip(*(encoded(*given, bound=bound) for given in moments), strict=True)
+        return updates, CodedMoments(new.count, *(tree.unflatten(part) for part in kept))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _noise(leaves: list[jax.Array], count: jax.Array) -> list[jax.Array]:
+    """Random uint32 for each element, from the number of updates and the place in the tree alone."""
+    key = jax.random.fold_in(jax.random.key(0), count)
+    return [jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint32) for i, x in enumerate(leaves)]
 
 
 def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:

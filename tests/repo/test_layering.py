@@ -23,6 +23,7 @@ LAYERS = {
     "fusejax.merging": 2,
     "fusejax.parallel": 2,
     "fusejax.data.packing": 2,
+    "fusejax.train.moments": 2,
     "fusejax.config": 1,
     "fusejax.types": 0,
     "fusejax.errors": 0,

@@ -64,6 +64,16 @@ def test_narrow_moments_and_parameters_are_counted():
     assert dtypes == {"bf16"}, "the table of embeddings too"
 
 
+@pytest.mark.slow
+def test_moments_in_eight_bits_are_counted_with_their_rows():
+    coded = shape(tensor=2, fsdp=4)._replace(optimization=Optimization(1e-5, moments_dtype="int8"))
+    found, parameters = predict(coded), count_params(TINY) // 8
+    assert 2 * parameters < found.optimizer < 2.1 * parameters
+    compiled, batch = compile_on_host(coded), 32 // 4 * 128 * 64
+    scales = 4 * 256 * (2 * TINY.num_layers + 1)  # norms lie over fsdp alone
+    assert abs(compiled.argument_bytes - found.params - found.optimizer - batch) <= scales + 16
+
+
 def test_layers_are_gathered_twice_and_their_gradients_scattered_once_per_micro_batch(compiled):
     found = collectives(compiled.program)
     layers = (

@@ -42,7 +42,7 @@ def fused_records(count=40, entries=4):
     return records
 
 
-def run(sizes=None, *, explicit=False, accumulation=1):
+def run(sizes=None, *, explicit=False, accumulation=1, steps=STEPS, **kept):
     mesh = None if sizes is None else make_mesh(**sizes, explicit=explicit)
     rules = ShardingRules()
 
@@ -59,10 +59,10 @@ def run(sizes=None, *, explicit=False, accumulation=1):
         where = {"mesh": mesh, "param_shardings": shardings, "batch_sharding": batch_sharding(mesh, rules)}
     return train(
         init_params(CFG, jax.random.key(0)),
-        FusionLoader(fused_records(), batch_size=16, seq_len=16, epochs=2),
+        FusionLoader(fused_records(), batch_size=16, seq_len=16, epochs=20),
         loss_fn=loss_fn,
-        optimizer=make_optimizer(1e-2, decay_mask=decay_mask(CFG)),
-        total_steps=STEPS,
+        optimizer=make_optimizer(1e-2, decay_mask=decay_mask(CFG), **kept),
+        total_steps=steps,
         accumulation=accumulation,
         **where,
     )
@@ -98,3 +98,12 @@ def test_it_learns_both_parts(one_device):
     for name in ("loss", "clm_nats", "fusion_nats"):
         assert one_device.history[-1][name] < one_device.history[0][name]
     assert 0 < one_device.history[0]["supervised_tokens"] < one_device.history[0]["tokens"]
+
+
+def test_moments_in_eight_bits_learn_as_float32_does():
+    wide, coded = (
+        np.array([h["loss"] for h in run(steps=20, moments_dtype=dtype).history]) for dtype in ("float32", "int8")
+    )
+    assert wide[-1] < 0.75 * wide[0]
+    np.testing.assert_allclose(coded, wide, rtol=1e-3)
+    assert np.any(coded != wide)

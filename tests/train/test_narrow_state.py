@@ -1,10 +1,13 @@
-"""Moments and parameters that are kept in bfloat16 between steps."""
+"""Moments and parameters that are kept in bfloat16 between steps, and moments in 8 bits."""
+
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from fusejax.config.stages import MemoryConfig
@@ -18,7 +21,9 @@ from .test_loop import SCHEDULE, loader, losses, on_mesh, same
 from .toy import toy_loss, toy_mask, toy_params
 
 NARROW = {"moments_dtype": "bfloat16", "param_dtype": "bfloat16"}
-KINDS = ({"moments_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}, NARROW)
+CODED = {"moments_dtype": "int8"}
+KINDS = ({"moments_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}, NARROW, CODED)
+SAVED = pytest.mark.parametrize("kept", [NARROW, CODED], ids=["bfloat16", "int8"])
 
 
 def run(kept, steps=20, **options):
@@ -48,10 +53,10 @@ def quadratic(kept, steps=100, *, rate=1e-2, b2=0.95, size=512):
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 @pytest.mark.parametrize("kept", KINDS, ids=str)
-def test_a_hundred_steps_stay_within_one_percent_of_float32(kept, b2):
+def test_a_hundred_steps_stay_near_float32(kept, b2):
     expected, _ = quadratic({}, b2=b2)
     got, _ = quadratic(kept, b2=b2)
-    assert np.linalg.norm(got - expected) < 0.01 * np.linalg.norm(expected)
+    assert np.linalg.norm(got - expected) < (0.04 if kept == CODED else 0.01) * np.linalg.norm(expected)
     assert np.any(got != expected)
 
 
@@ -90,7 +95,8 @@ def test_the_state_takes_the_bytes_that_are_stated(kept):
     params = jax.tree.map(jnp.asarray, toy_params())
     state = init_train_state(params, make_optimizer(1e-3, decay_mask=toy_mask(), **kept))
     held = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
-    assert held == MemoryConfig(**kept).state_bytes * sum(x.size for x in jax.tree.leaves(params))
+    rows = sum(2 * x.size // x.shape[-1] for x in jax.tree.leaves(params)) if kept == CODED else 0
+    assert held == MemoryConfig(**kept).state_bytes * sum(x.size for x in jax.tree.leaves(params)) + rows
     same(full_params(state), params)
 
 
@@ -107,13 +113,34 @@ def test_the_default_is_optax_adamw_bit_for_bit():
         states = first[1], second[1]
 
 
-def test_resuming_is_bitwise(tmp_path):
-    whole = run(NARROW)
-    run(NARROW, 10, checkpoint_dir=tmp_path)
-    resumed = run(NARROW, checkpoint_dir=tmp_path)
-    assert resumed.start_step == 10 and isinstance(whole.state.opt_state, MasterState)
+@SAVED
+def test_resuming_is_bitwise(tmp_path, kept):
+    whole = run(kept)
+    run(kept, 10, checkpoint_dir=tmp_path)
+    resumed = run(kept, checkpoint_dir=tmp_path)
+    assert resumed.start_step == 10 and isinstance(whole.state.opt_state, MasterState) == (kept is NARROW)
     same(resumed.state, whole.state)
     assert losses(whole)[-1] < losses(whole)[0]
+
+
+def test_codes_that_eight_devices_saved_one_and_two_resume(tmp_path):
+    whole = run(CODED, 8, **on_mesh())
+    moments = whole.state.opt_state[1]
+    specs = [x["head"]["kernel"].sharding.spec for x in moments[1:]]
+    assert specs == [P("fsdp", None), P("fsdp", None), P("fsdp")]
+    run(CODED, 4, checkpoint_dir=tmp_path / "8", **on_mesh())
+    for count in (1, 2):
+        shutil.copytree(tmp_path / "8", tmp_path / str(count))
+        where = on_mesh(shape=(1, count)) if count > 1 else {}
+        rest = run(CODED, 8, checkpoint_dir=tmp_path / str(count), **where)
+        assert rest.start_step == 4
+        np.testing.assert_allclose(losses(rest), losses(whole)[4:], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_codes_on_an_explicit_mesh():
+    one, eight = run(CODED, 4), run(CODED, 4, **on_mesh(AxisType.Explicit))
+    np.testing.assert_allclose(losses(eight), losses(one), rtol=2e-3)
 
 
 def test_a_mesh_of_eight_trains_alike():
@@ -126,5 +153,9 @@ def test_a_mesh_of_eight_trains_alike():
 
 
 def test_unknown_dtypes_are_refused():
-    with pytest.raises(InputError, match="moments_dtype must be one of float32, bfloat16, got 'int8'"):
-        make_optimizer(1e-3, weight_decay=0, moments_dtype="int8")
+    with pytest.raises(InputError, match="moments_dtype must be one of float32, bfloat16, int8, got 'int4'"):
+        make_optimizer(1e-3, weight_decay=0, moments_dtype="int4")
+    with pytest.raises(InputError, match="param_dtype must be one of float32, bfloat16, got 'int8'"):
+        make_optimizer(1e-3, weight_decay=0, param_dtype="int8")
+    with pytest.raises(InputError, match=r"int8 needs b1\^2 < b2"):
+        make_optimizer(1e-3, weight_decay=0, moments_dtype="int8", b1=0.9, b2=0.8)
