@@ -28,6 +28,7 @@ class _Command(NamedTuple):
 COMMANDS = {
     "quickstart": _Command("quickstart", "The whole of FuseLLM on this machine's own text (CPU, no network)."),
     "run": _Command("run", "All stages of a configuration, or those named by --stages."),
+    "pretrain": _Command("run", "Train the models that a configuration says how to make."),
     "prepare": _Command("run", "Read, cut, de-duplicate and split the text."),
     "capture": _Command("run", "Run the sources over the text and store their top-k distributions."),
     "align": _Command("align", "Carry distributions to the target's tokenizer; or compare two tokenizers."),
@@ -48,7 +49,7 @@ COMMANDS = {
 }
 
 # With a configuration several processes can share these; of the others process 0 does all.
-_SHARED = ("run", "prepare", "capture", "align", "fuse", "train", "merge", "export", "evaluate")
+_SHARED = ("run", "pretrain", "prepare", "capture", "align", "fuse", "train", "merge", "export", "evaluate")
 
 
 def _usage() -> str:

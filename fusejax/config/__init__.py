@@ -19,15 +19,20 @@ __all__ = [
     "MergeConfig",
     "MeshConfig",
     "ModelRef",
+    "PretrainConfig",
     "RunConfig",
+    "ShapeConfig",
     "TextSource",
+    "TokenizerConfig",
     "TrainConfig",
     "load_config",
+    "place_of",
     "save_config",
 ]
 
-from fusejax.config.inputs import CorpusConfig, ImportConfig, ModelRef, TextSource
+from fusejax.config.inputs import CorpusConfig, ImportConfig, ModelRef, place_of
 from fusejax.config.merges import MergeConfig
+from fusejax.config.pretrain import PretrainConfig, ShapeConfig, TokenizerConfig
 from fusejax.config.run import RunConfig, load_config, save_config
 from fusejax.config.stages import (
     AlignConfig,
@@ -41,3 +46,4 @@ from fusejax.config.stages import (
     MeshConfig,
     TrainConfig,
 )
+from fusejax.config.text import TextSource

@@ -1,13 +1,17 @@
 """What a run starts from: models and text."""
 
-__all__ = ["CorpusConfig", "ImportConfig", "ModelRef", "TextSource"]
+__all__ = ["CorpusConfig", "ImportConfig", "ModelRef", "place_of", "pretrained_in_order"]
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fusejax.config.base import NAME, Config
+from fusejax.config.pretrain import PretrainConfig
+from fusejax.config.text import TextSource
 
 
 class ImportConfig(Config):
@@ -60,6 +64,9 @@ class ModelRef(Config):
     trust_remote_code: str | None = Field(
         default=None, description="Run the code in the model's directory; must repeat `model`. torch only."
     )
+    pretrain: PretrainConfig | None = Field(
+        default=None, description="How the directory `model` is made by the run itself; None: it stands."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -102,61 +109,47 @@ class ModelRef(Config):
             raise ValueError(f"trust_remote_code must repeat `model` ({self.model!r}), got {self.trust_remote_code!r}")
         return self
 
-
-class TextSource(Config):
-    """Where documents come from."""
-
-    path: str = Field(
-        description="JSONL, parquet, folder of text files, saved dataset, datasets hub name, or `embedded`: the text "
-        "that this Python installation holds, in several domains."
-    )
-    domain: str | None = Field(
-        default=None,
-        description="Domain of all records, the column of the results table. None: what a record says in its field "
-        "`domain`, else 'text'.",
-        pattern=NAME,
-    )
-    format: Literal["jsonl", "parquet", "text", "dataset"] | None = Field(
-        default=None, description="None: by the suffix."
-    )
-    text_field: str = Field(default="text", description="Field that holds the text.")
-    spans_field: str | None = Field(
-        default=None,
-        description="Field with [start, end] ranges of characters of the text that are trained; None: all.",
-    )
-    messages_field: str | None = Field(
-        default=None,
-        description="Field with a conversation, in place of a text: {role, content} or ShareGPT's {from, value} "
-        "objects. Each model renders it by its own chat template; assistant contents are trained.",
-    )
-    prompt_fields: tuple[str, ...] = Field(
-        default=(), description="Fields that are the user's turn of a conversation of two turns (Alpaca, GSM8K)."
-    )
-    response_field: str | None = Field(default=None, description="Field that is the assistant's turn.")
-    split: str | None = Field(default=None, description="Split of a `datasets` source.")
-    limit: int | None = Field(default=None, ge=1, description="Read at most this many documents.")
-    limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether records are conversations."""
-        return self.messages_field is not None or self.response_field is not None
-
     @model_validator(mode="after")
-    def _one_form(self) -> "TextSource":
-        if bool(self.prompt_fields) != (self.response_field is not None):
-            raise ValueError("prompt_fields and response_field go together")
-        forms = [n for n in ("spans_field", "messages_field", "response_field") if getattr(self, n) is not None]
-        if len(forms) > 1:
-            raise ValueError(f"{' and '.join(forms)} exclude each other: a record is a text or a conversation")
+    def _pretrained_here(self) -> "ModelRef":
+        elsewhere = {"url": self.url, "distributions": self.distributions, "revision": self.revision}
+        given = [name for name, value in elsewhere.items() if value is not None]
+        if self.pretrain is not None and (given or self.backend == "torch"):
+            raise ValueError(f"pretrain makes a directory of fusejax's own; leave out {', '.join(given) or 'backend'}")
         return self
 
-    @field_validator("domain")
-    @classmethod
-    def _no_column_of_the_table(cls, domain: str | None) -> str | None:
-        if domain == "mean":
-            raise ValueError("a domain may not be called 'mean': that is the table's mean over domains")
-        return domain
+
+def place_of(model: str) -> str:
+    """The same text for all ways to write one directory."""
+    return os.path.normpath(os.path.abspath(os.path.expanduser(model)))
+
+
+def pretrained_in_order(refs: Iterable[ModelRef]) -> dict[str, ModelRef]:
+    """Returns {place: model} of those that are pretrained, each after the one that it starts from.
+
+    Raises:
+      ValueError: one directory is to be made in two ways, or models start from each other.
+    """
+    made: dict[str, ModelRef] = {}
+    for ref in refs:
+        if ref.pretrain is not None:
+            earlier = made.setdefault(place_of(ref.model), ref)
+            if (earlier.pretrain, earlier.chat_template) != (ref.pretrain, ref.chat_template):
+                raise ValueError(f"{earlier.name!r} and {ref.name!r} make {ref.model} in different ways")
+    ordered: dict[str, ModelRef] = {}
+
+    def add(place: str, behind: tuple[str, ...]) -> None:
+        if place in behind:
+            circle = " -> ".join(made[name].name for name in (*behind, place))
+            raise ValueError(f"pretraining starts in a circle: {circle}")
+        options = made[place].pretrain
+        start = options.start if options is not None else None
+        if start is not None and place_of(start) in made:
+            add(place_of(start), (*behind, place))
+        ordered.setdefault(place, made[place])
+
+    for place in made:
+        add(place, ())
+    return ordered
 
 
 class CorpusConfig(Config):

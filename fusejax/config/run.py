@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fusejax.config.base import Config
-from fusejax.config.inputs import CorpusConfig, ModelRef
+from fusejax.config.inputs import CorpusConfig, ModelRef, pretrained_in_order
 from fusejax.config.merges import MergeConfig, listed
 from fusejax.config.pairwise import PairwiseConfig, written_out
 from fusejax.config.stages import (
@@ -112,6 +112,16 @@ class RunConfig(Config):
     def merge_targets(self, merge: MergeConfig) -> tuple[str, ...]:
         """The trained models that a merge takes."""
         return merge.targets or tuple(fusion.name for fusion in self.fusions)
+
+    @property
+    def pretrained(self) -> dict[str, ModelRef]:
+        """The models that the run makes first, by `place_of` their directories, in the order in which it makes them."""
+        return pretrained_in_order((self.target, *self.sources))
+
+    @model_validator(mode="after")
+    def _order_of_pretraining(self) -> "RunConfig":
+        pretrained_in_order((self.target, *self.sources))
+        return self
 
     @model_validator(mode="after")
     def _rows_divide(self) -> "RunConfig":

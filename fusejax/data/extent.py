@@ -20,7 +20,7 @@ def share_read(path: Path, counts: ReadCounts) -> float | None:
       counts: of the records that were read, from the first on.
     """
     if path.is_file():
-        share = _share_of_file(path, counts.documents + counts.empty)
+        share = _share_of_file(path, counts.documents + counts.empty + counts.left_out)
     elif path.is_dir():
         share = _share_of_folder(path, counts)
     else:
@@ -46,7 +46,7 @@ def _share_of_folder(path: Path, counts: ReadCounts) -> float | None:
     if any(p.suffix == ".arrow" for p in files):  # compressed or not: only its reader knows
         return None
     if files and all(p.suffix == ".parquet" for p in files):
-        return (counts.documents + counts.empty) / max(1, sum(map(_parquet_rows, files)))
+        return (counts.documents + counts.empty + counts.left_out) / max(1, sum(map(_parquet_rows, files)))
     return counts.bytes / max(1, sum(p.stat().st_size for p in files))
 
 

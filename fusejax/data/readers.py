@@ -24,7 +24,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class ReadCounts:
     documents: int = 0
     bytes: int = 0
     empty: int = 0
+    left_out: int = 0  # by `where` and `skip`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ def read_documents(
     id_field: str | None = None,
     domain_field: str | None = "domain",
     split: str | None = None,
+    where: Mapping[str, Any] | None = None,
+    skip: int = 0,
     limit: int | None = None,
     counts: ReadCounts | None = None,
 ) -> Iterator[Document]:
@@ -87,7 +90,8 @@ def read_documents(
       id_field: the field that holds the id, a string or an integer; by default `id` where a record has it.
       domain_field: the field that holds the domain, where a record has it.
       split: for a dataset with several splits: which one.
-      limit: stop after this many documents.
+      where: field -> the value, or a list of the values, that a record must have there to be read.
+      skip: leave out the first documents of those; limit: stop after this many more.
       counts: is filled while reading.
 
     Returns:
@@ -101,10 +105,28 @@ def read_documents(
         raise InputError(f"unknown format {format!r}: use one of {FORMATS}.{nearest(format, FORMATS)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: give a positive number of documents, or none for all")
+    counts = counts or ReadCounts()
     rows = _rows(source, format or _guess_format(source), split)
+    if where:
+        rows = _chosen(rows, where, counts)
     fields = Fields(text_field, spans_field, messages_field, tuple(prompt_fields), response_field)
-    documents = _documents(rows, fields, id_field, domain_field, counts or ReadCounts())
+    documents = _documents(rows, fields, id_field, domain_field, skip, counts)
     return itertools.islice(documents, limit)
+
+
+def _chosen(rows: Iterator[_Row], where: Mapping[str, Any], counts: ReadCounts) -> Iterator[_Row]:
+    """The rows with the wanted values; every row must have the fields."""
+    wanted = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
+    for row in rows:
+        for field in wanted:
+            if field not in row.fields:
+                found = sorted(map(str, row.fields))
+                hint = nearest(field, found)
+                raise InputError(f"{row.place}: `where` asks for field {field!r}; the fields are {found}.{hint}")
+        if all(row.fields[field] in values for field, values in wanted.items()):
+            yield row
+        else:
+            counts.left_out += 1
 
 
 def _guess_format(source: str | os.PathLike[str]) -> str:
@@ -259,7 +281,12 @@ def _dataset_rows(data: Any, name: str) -> Iterator[_Row]:
 
 
 def _documents(
-    rows: Iterator[_Row], fields: Fields, id_field: str | None, domain_field: str | None, counts: ReadCounts
+    rows: Iterator[_Row],
+    fields: Fields,
+    id_field: str | None,
+    domain_field: str | None,
+    skip: int,
+    counts: ReadCounts,
 ) -> Iterator[Document]:
     seen: dict[int, int] = {}  # hashes of ids that records name, and the records' numbers
     for number, row in enumerate(rows, 1):
@@ -274,6 +301,9 @@ def _documents(
                 raise InputError(
                     f"{row.place}: the id {name!r} was already used, by record {earlier}: make the ids unique"
                 )
+        if skip:
+            skip, counts.left_out = skip - 1, counts.left_out + 1
+            continue
         domain = row.fields.get(domain_field) if domain_field else None
         document = dataclasses.replace(found, id=name, domain=domain if isinstance(domain, str) else "")
         counts.documents += 1

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fusejax.config import ModelRef
 from fusejax.data.corpus import Document
 from fusejax.io.store_entries import NARROW_IDS
+from fusejax.io.tokenizers import Tokenizer
 from fusejax.stages.context import Run
 
 _SAMPLE_DOCUMENTS, _SAMPLE_BYTES = 256, 1 << 20
@@ -55,7 +56,7 @@ def store_bytes(positions: Sequence[float], *, top_k: int, vocab_size: int, code
     return total
 
 
-def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document]) -> int:
+def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document], *, tokenizer: Tokenizer) -> int:
     """Returns the predicted bytes of one source's capture of documents."""
     sizes = [document.n_bytes for document in documents]
     if not sizes:
@@ -67,8 +68,7 @@ def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document]) -> i
         seen += sizes[index]
         if seen > _SAMPLE_BYTES:
             break
-    tokenizer = run.tokenizer(ref)
-    encoded = run.encoder(ref).encode_batch([documents[index] for index in sample])
+    encoded = run.encoder(ref, tokenizer=tokenizer).encode_batch([documents[index] for index in sample])
     rate = sum(len(found.tokens) for found in encoded) / max(seen, 1)
     options = run.config.capture
     return store_bytes(

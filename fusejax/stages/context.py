@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fusejax.config import FusionConfig, ModelRef, RunConfig, save_config
+from fusejax.config import FusionConfig, ModelRef, RunConfig, place_of, save_config
 from fusejax.data.chat import template_of
 from fusejax.data.encoding import DocumentEncoder
 from fusejax.errors import InputError, nearest
@@ -20,6 +20,7 @@ from fusejax.io.manifest import MANIFEST, SCHEMA_VERSION, Manifest, fingerprint_
 from fusejax.io.models import LoadedModel, model_fingerprint, open_model, resolve_model
 from fusejax.io.progress import say
 from fusejax.io.tokenizers import Tokenizer, load_tokenizer
+from fusejax.stages.outlook import Outlook, outlook
 
 
 def finished(directory: Path, *, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Manifest | None:
@@ -112,7 +113,13 @@ class Run:
         return (["target"] if fusion.include_target else []) + names
 
     def model_path(self, ref: ModelRef) -> Path:
-        """The directory of a model, downloaded first where it is a hub name."""
+        """The directory of a model, downloaded first where it is a hub name.
+
+        Raises:
+          InputError: there is none; or the run makes it, and has not yet.
+        """
+        if place_of(ref.model) in self.config.pretrained and not Path(ref.model).expanduser().is_dir():
+            raise InputError(f"{ref.model} is not made yet; run `fusejax pretrain` on the configuration first")
         weights = ref.url is None and ref.distributions is None
         key = f"{ref.model}@{ref.revision}" + ("" if weights else " tokenizer")
         if key not in self._resolved:
@@ -134,9 +141,17 @@ class Run:
         """Opens a model's tokenizer."""
         return self._tokenizers(self.model_path(ref))
 
-    def encoder(self, ref: ModelRef) -> DocumentEncoder:
+    def tokenizer_in(self, directory: Path) -> Tokenizer:
+        """Opens the tokenizer of a directory."""
+        return self._tokenizers(directory)
+
+    def outlook(self, ref: ModelRef) -> Outlook:
+        """What a model will be that the run pretrains."""
+        return outlook(self.config, ref, load=self.tokenizer_in)
+
+    def encoder(self, ref: ModelRef, *, tokenizer: Tokenizer | None = None) -> DocumentEncoder:
         """What reads the corpus' documents as a model does: its tokenizer, and its chat template where it needs one."""
-        corpus, tokenizer = self.config.corpus, self.tokenizer(ref)
+        corpus, tokenizer = self.config.corpus, tokenizer or self.tokenizer(ref)
         if not corpus.has_chat:
             return DocumentEncoder(tokenizer)
         return DocumentEncoder(tokenizer, template_of(tokenizer, ref.chat_template or corpus.chat_template))

@@ -1,9 +1,18 @@
-"""Fitting one model: what `train` and the pretraining of the quickstart share.
+"""Fitting one model: what `train` and pretraining share.
 
 Joins model, loss, optimiser, mesh and loop, which know nothing of each other.
 """
 
-__all__ = ["Optimization", "fit", "loss_function", "peak_share", "placement", "schedule_and_optimizer"]
+__all__ = [
+    "Optimization",
+    "fit",
+    "loss_function",
+    "own_batch_rows",
+    "peak_share",
+    "placement",
+    "schedule_and_optimizer",
+    "widened",
+]
 
 import dataclasses
 import json
@@ -15,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from fusejax.config import RunConfig
 from fusejax.data.loader import FusionLoader
@@ -24,7 +34,7 @@ from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
 from fusejax.models.flops import flops_per_token
-from fusejax.parallel import batch_sharding, is_first, make_mesh, param_shardings, process_count
+from fusejax.parallel import batch_sharding, is_first, make_mesh, own_rows, param_shardings, process_count
 from fusejax.parallel.device_kinds import find_device_kind
 from fusejax.stages.together import meet
 from fusejax.train.faults import FaultPolicy
@@ -229,6 +239,25 @@ def placement(
     except ValueError as error:
         raise InputError(f"`mesh`: {error}") from error
     return {"mesh": made, "param_shardings": shardings, "batch_sharding": batch_sharding(made)}
+
+
+def own_batch_rows(placed: Mapping[str, Any], batch_size: int, option: str) -> list[int] | None:
+    """The rows of each batch that lie on this process's devices; None: all.
+
+    Raises:
+      InputError: the mesh does not divide the batch; names the option that says how large it is.
+    """
+    if not placed:
+        return None
+    try:
+        return own_rows(placed["batch_sharding"], batch_size)
+    except ValueError as error:
+        raise InputError(f"{option} {batch_size} must be a multiple of mesh.data * mesh.fsdp") from error
+
+
+def widened(params: Any) -> Any:
+    """Weights in float32, whatever they are stored in: a step of 1e-5 is lost in bfloat16's rounding."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
 def _start_afresh_unless_same(directory: Path, identity: Mapping[str, Any]) -> None:

@@ -12,15 +12,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from fusejax.config import RunConfig
+from fusejax.config import RunConfig, place_of
 from fusejax.errors import InputError
 from fusejax.io.models import open_config, resolve_model
-from fusejax.models import count_params
+from fusejax.models import ModelConfig, count_params
 from fusejax.models.flops import flops_per_token
 from fusejax.models.presets import find_preset
 from fusejax.parallel.costs import Assumptions, step_time, wire_bytes
 from fusejax.parallel.device_kinds import DEVICE_KINDS, DeviceKind
 from fusejax.parallel.hlo import Collective, collectives, dot_flops, largest_array
+from fusejax.stages.outlook import outlook
 from fusejax.stages.plan_disk import disk_bytes, text_tokens
 from fusejax.stages.plan_memory import Memory, layer_bytes, measure, predict
 from fusejax.stages.plan_program import Compiled, Shape, compile_for_device, compile_on_host, missing_compiler
@@ -37,9 +38,7 @@ def plan(config: RunConfig, mesh: dict[str, int], *, kind: DeviceKind, compiler:
     Raises:
       InputError: the model is not known, the mesh does not divide it, or the compiler is not here.
     """
-    model = find_preset(config.target.model) or open_config(
-        resolve_model(config.target.model, revision=config.target.revision, weights=False)
-    )
+    model = find_preset(config.target.model) or _planned(config)
     if config.train.seq_len > model.max_positions:
         raise InputError(f"train.seq_len is {config.train.seq_len}, the target has {model.max_positions} positions")
     shape = Shape.of(config, model, mesh)
@@ -70,6 +69,13 @@ def plan(config: RunConfig, mesh: dict[str, int], *, kind: DeviceKind, compiler:
         "tokens": total_tokens,
         "tokens_source": source,
     }
+
+
+def _planned(config: RunConfig) -> ModelConfig:
+    """The target's architecture as its directory says, or, where the run makes that, as the configuration does."""
+    if place_of(config.target.model) in config.pretrained:
+        return outlook(config, config.target).config
+    return open_config(resolve_model(config.target.model, revision=config.target.revision, weights=False))
 
 
 def _stated(compiled: Compiled) -> dict[str, Any]:

@@ -5,7 +5,9 @@ __all__ = ["check_before"]
 import importlib.util
 import shutil
 from collections.abc import Collection
+from pathlib import Path
 
+from fusejax.config import place_of
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST
 from fusejax.io.models import open_config
@@ -15,6 +17,7 @@ from fusejax.models import count_params
 from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import Optimization, placement, schedule_and_optimizer
+from fusejax.stages.pretrain_models import check_pretraining
 
 _CHECKPOINTS = 3
 
@@ -28,16 +31,22 @@ def check_before(run: Run, names: Collection[str]) -> None:
       InputError: what would fail later, in the words of the stage that it concerns.
     """
     config = run.config
+    later = config.pretrained if "pretrain" in names else {}  # models that need not stand yet
+    if "pretrain" in names:
+        check_pretraining(run)
     if {"capture", "align", "train"} & set(names):
         for ref in (*run.participants.values(), config.target):
+            if place_of(ref.model) in later:
+                continue
             path = run.model_path(ref)
             source = describe(run, ref)
             if source.vocab_size is not None:
                 check_vocabulary(run.tokenizer(ref), source.vocab_size, str(path))
             run.encoder(ref)  # has a chat template where the corpus has conversations
     if "train" in names:
-        path = run.model_path(config.target)
-        model = open_config(path)
+        coming = place_of(config.target.model) in later
+        path = Path(config.target.model) if coming else run.model_path(config.target)
+        model = run.outlook(config.target).config if coming else open_config(path)
         if config.train.seq_len > model.max_positions:
             raise InputError(f"train.seq_len is {config.train.seq_len}, but {path} has {model.max_positions} positions")
         placement(model, config.mesh.model_dump())

@@ -4,9 +4,11 @@ __all__ = [
     "EMBEDDED",
     "Sample",
     "corpus_from_documents",
+    "described_sources",
     "embedded_documents",
     "prepare",
     "read_source",
+    "read_sources",
     "read_text",
     "sample_documents",
     "select",
@@ -53,7 +55,7 @@ def read_text(
 ) -> dict[str, Iterator[Document]]:
     """The documents of each split as a configuration gives them, read when they are asked for."""
     names = ("train", "valid", "test")
-    return {name: _read(getattr(corpus, name), open_source or read_source) for name in names}
+    return {name: read_sources(getattr(corpus, name), open_source or read_source) for name in names}
 
 
 def corpus_from_documents(
@@ -134,7 +136,11 @@ def _refuse_empty(facts: Mapping[str, Mapping[str, Any]], uncapped: Mapping[str,
             )
 
 
-def _read(sources: Sequence[TextSource], open_source: Callable[[TextSource], Iterator[Document]]) -> Iterator[Document]:
+def read_sources(
+    sources: Sequence[TextSource], open_source: Callable[[TextSource], Iterator[Document]] | None = None
+) -> Iterator[Document]:
+    """The documents of sources one after another, with domains, and ids that are unique among them."""
+    open_source = open_source or read_source
     domains = [source.domain for source in sources if source.path != EMBEDDED]
     taken: set[int] = set()
     for number, source in enumerate(sources):
@@ -179,6 +185,8 @@ def read_source(source: TextSource, counts: ReadCounts | None = None) -> Iterato
         prompt_fields=source.prompt_fields,
         response_field=source.response_field,
         split=source.split,
+        where=source.where,
+        skip=source.skip,
         limit=source.limit,
         counts=counts,
     )
@@ -194,8 +202,18 @@ def _described(corpus: CorpusConfig) -> dict[str, Any]:
     """What determines the documents: the configuration, with what files hold in place of where they lie."""
     described = corpus.model_dump(mode="json", exclude={"chat_template"})
     for name in ("train", "valid", "test"):
-        for entry in described[name]:
-            entry["path"] = _content(entry["path"])
+        described[name] = described_sources(getattr(corpus, name))
+    return described
+
+
+def described_sources(sources: Sequence[TextSource]) -> list[dict[str, Any]]:
+    """What determines the documents of sources; options that choose nothing are left out, as before there were any."""
+    described = [source.model_dump(mode="json") for source in sources]
+    for entry in described:
+        entry["path"] = _content(entry["path"])
+        for option in ("where", "skip"):
+            if not entry[option]:
+                del entry[option]
     return described
 
 

@@ -23,6 +23,7 @@ from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig
 from fusejax.stages.command import Result, parser
 from fusejax.stages.context import Run, finished
+from fusejax.stages.fit import Optimization
 from fusejax.stages.lock import exclusive
 from fusejax.stages.prepare import embedded_documents, prepare, sample_documents
 from fusejax.stages.pretrain import pretrain
@@ -171,12 +172,12 @@ def _pretrained(texts: dict[str, list[Document]], scale: Scale, seed: int, cache
         pretrain(
             directory,
             _architecture(recipe, scale, tokenizer_dir),
-            [document.text for document in documents],
-            name=name,
+            load_tokenizer(tokenizer_dir).encode_batch([document.text for document in documents]),
+            label=f"train source {name}" if name != "target" else "train target",
             tokenizer_dir=tokenizer_dir,
             batch_size=scale.batch_size,
             seq_len=scale.seq_len,
-            learning_rate=LEARNING_RATE,
+            optimization=Optimization(LEARNING_RATE, warmup_ratio=0.02),
             seed=seed,
             settings=settings,
             parents=parents,

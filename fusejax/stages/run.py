@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fusejax.config import RunConfig
+from fusejax.config import ModelRef, RunConfig, place_of
 from fusejax.errors import InputError, nearest
 from fusejax.io.progress import say
+from fusejax.io.tokenizers import Tokenizer
 from fusejax.parallel.processes import is_first, start_processes
 from fusejax.stages.align import align
 from fusejax.stages.capture import capture
@@ -26,11 +27,13 @@ from fusejax.stages.lock import exclusive
 from fusejax.stages.merge import merge_run
 from fusejax.stages.preflight import check_before
 from fusejax.stages.prepare import prepare
+from fusejax.stages.pretrain_models import pretrain_models
 from fusejax.stages.report import report_run
 from fusejax.stages.together import meet
 from fusejax.stages.train import train
 
 STAGES: dict[str, Callable[[Run], Any]] = {
+    "pretrain": pretrain_models,
     "prepare": prepare,
     "capture": capture,
     "align": align,
@@ -41,8 +44,8 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "export": export_run,
     "report": report_run,
 }
-SHARED = ("capture", "align", "fuse", "train")  # by all processes; the others are process 0's alone
-COMMON = ("prepare", "capture", "align")  # their artefacts of corpus and target serve several fusions
+SHARED = ("pretrain", "capture", "align", "fuse", "train")  # by all processes; the others are process 0's alone
+COMMON = ("pretrain", "prepare", "capture", "align")  # their artefacts of corpus and target serve several fusions
 PER_FUSION = (*COMMON, "fuse", "train")
 
 
@@ -168,23 +171,36 @@ def _stage_names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _model(run: Run, ref: ModelRef) -> str:
+    """Where a model lies, or will."""
+    return ref.model if place_of(ref.model) in run.config.pretrained else str(run.model_path(ref))
+
+
+def _tokenizer(run: Run, ref: ModelRef) -> Tokenizer | None:
+    """The tokenizer of a model; None: it is trained first."""
+    return run.outlook(ref).tokenizer if place_of(ref.model) in run.config.pretrained else run.tokenizer(ref)
+
+
 def _dry_run(config: RunConfig, names: tuple[str, ...], only: tuple[str, ...] | None) -> Result:
     """Checks what can be checked without weights and says what would be done."""
     run = Run(config, only=only)
     steps: list[tuple[str, str]] = []
     text = planned_text(run) if "capture" in names else None
     sizes = {}
+    for ref in config.pretrained.values():
+        found = run.outlook(ref).config
+        what = f"{found.architecture}, {found.num_layers} layers of {found.hidden_size}, {found.vocab_size} tokens"
+        steps.append(("pretrain", f"{ref.name}: {what} -> {ref.model}"))
     for name, ref in run.participants.items():
-        found = run.model_path(ref)
-        tokenizer = run.tokenizer(ref)
-        predicted = ""
-        if text is not None:
-            sizes[name] = round(predicted_bytes(run, ref, text.documents) * text.scale)
-            predicted = f", about {sizes[name] / 1e6:.1f} MB" + text.note
-        what = f"{name}: {found}, {tokenizer.vocab_size} tokens{predicted} -> {run.captured_dir(name)}"
+        tokenizer = _tokenizer(run, ref)
+        predicted = "" if tokenizer is None else f", {tokenizer.vocab_size} tokens"
+        if text is not None and tokenizer is not None:
+            sizes[name] = round(predicted_bytes(run, ref, text.documents, tokenizer=tokenizer) * text.scale)
+            predicted += f", about {sizes[name] / 1e6:.1f} MB" + text.note
+        what = f"{name}: {_model(run, ref)}{predicted} -> {run.captured_dir(name)}"
         steps.append(("capture", what))
         steps.append(("align", f"{name}: {config.align.vocabulary} symbols -> {run.aligned_dir(name)}"))
-    target = run.model_path(config.target)
+    target = _model(run, config.target)
     for fusion in run.fusions:
         names_of = ", ".join(run.fusion_sources(fusion))
         steps.append(("fuse", f"{fusion.name}: {fusion.method} over {names_of} -> {run.fused_dir(fusion.name)}"))

@@ -22,10 +22,10 @@ from fusejax.io.manifest import Manifest, read_manifest
 from fusejax.io.store import RecordReader
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.models import ModelConfig, score_tokens
-from fusejax.parallel import is_first, own_rows, to_host
+from fusejax.parallel import is_first, to_host
 from fusejax.stages.capture import chat_settings
 from fusejax.stages.context import Run, finished
-from fusejax.stages.fit import Optimization, fit, placement
+from fusejax.stages.fit import Optimization, fit, own_batch_rows, placement, widened
 from fusejax.stages.fuse import CHAINS, PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
@@ -74,7 +74,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     mesh = config.mesh.model_dump()
     loader = FusionLoader(
         reader,
-        rows=_own_rows(placement(start.config, mesh), options.batch_size),
+        rows=own_batch_rows(placement(start.config, mesh), options.batch_size, "train.batch_size"),
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         seed=config.seed,
@@ -85,7 +85,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     groups = _groups(reader) if fusing else None
     result = fit(
         f"train {arm}",
-        _widened(start.params),
+        widened(start.params),
         start.config,
         loader,
         run.train_dir(arm),
@@ -124,16 +124,6 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     return read_manifest(directory)
 
 
-def _own_rows(placed: Mapping[str, Any], batch_size: int) -> list[int] | None:
-    """The rows of each batch that lie on this process's devices; None: all."""
-    if not placed:
-        return None
-    try:
-        return own_rows(placed["batch_sharding"], batch_size)
-    except ValueError as error:
-        raise InputError(f"train.batch_size {batch_size} must be a multiple of mesh.data * mesh.fsdp") from error
-
-
 def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Callable[[Any, int], dict[str, float]]:
     """Bits per byte of the valid split as a callback of the training loop; it changes nothing of the training.
 
@@ -164,11 +154,6 @@ def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Calla
         return {"valid_bits_per_byte": found.bits_per_byte}
 
     return evaluate
-
-
-def _widened(params: Any) -> Any:
-    """Weights in float32, whatever they are stored in: a step of 1e-5 is lost in bfloat16's rounding."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
 def _corpus(run: Run) -> str:

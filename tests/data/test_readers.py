@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fusejax.data.corpus import Document, write_corpus
+from fusejax.data.extent import share_read
 from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
 
@@ -166,3 +167,23 @@ def test_bad_arguments_are_refused_at_once(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             read_documents(source, **options)
+
+
+def test_records_are_chosen_skipped_and_limited_in_that_order(tmp_path):
+    rows = [{"id": str(i), "text": f"text {i}", "by": "abc"[i % 3], "n": i % 2} for i in range(18)]
+    path = _write_jsonl(tmp_path / "d.jsonl", rows)
+    counts = ReadCounts()
+    found = read_documents(path, where={"by": ["a", "b"], "n": 1}, skip=2, limit=3, counts=counts)
+    assert [d.id for d in found] == ["7", "9", "13"]
+    assert (counts.documents, counts.left_out) == (3, 14 - 3)
+    parts = [{d.id for d in read_documents(path, **part)} for part in ({"limit": 7}, {"skip": 7})]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 18
+    with pytest.raises(InputError, match=r"d\.jsonl:1: `where` asks for field 'bye'.*Did you mean 'by'"):
+        next(read_documents(path, where={"bye": "a"}))
+
+
+def test_an_estimate_counts_the_records_that_were_left_out(tmp_path):
+    path = _write_jsonl(tmp_path / "d.jsonl", [{"id": str(i), "text": "x" * 50} for i in range(200)])
+    counts = ReadCounts()
+    list(read_documents(path, skip=60, limit=40, counts=counts))
+    assert share_read(path, counts) == pytest.approx(0.5, abs=0.01)
