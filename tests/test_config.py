@@ -70,6 +70,10 @@ def test_names_default_to_the_last_part_of_the_path(tmp_path):
         ({"merge": [{"name": "source-b"}]}, r"merge names \['source-b'\] are reserved"),
         ({"merge": [{"name": "fused"}]}, r"fusions and merges must have different names"),
         ({"merge": [{"methd": "sce"}]}, r"merge.0.methd: unknown key. Did you mean 'method'"),
+        ({"evaluate": {"ensemble": True, "ensembles": ["top1"]}}, r"ensemble must be true or false"),
+        ({"evaluate": {"ensembles": ["top1", "top1"]}}, r"once"),
+        ({"evaluate": {"ensembles": ["weighted"]}, "corpus": {"train": [{"path": "a"}], "valid_fraction": 0}}, "valid"),
+        ({"fusions": [{"name": "ensemble-top1"}]}, r"reserved"),
         ({"merge": "sce"}, r"merge: must be a merge, .* or a list"),
         ({"merge": {}, "export": "mergd"}, r"export names 'mergd'. Did you mean 'merged'"),
         ({"fusions": []}, r"fusions: .*at least 1"),
@@ -102,6 +106,14 @@ def test_one_merge_is_called_merged_and_those_of_a_list_after_their_methods(tmp_
     for config in (one, several):
         save_config(config, tmp_path / "again.yaml")
         assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "ensembles"),
+    [({}, ("mean",)), ({"ensemble": True}, ("mean",)), ({"ensemble": False}, ()), ({"ensembles": []}, ())],
+)
+def test_ensembles_are_listed_or_switched(tmp_path, evaluate, ensembles):
+    assert load_config(_file(tmp_path, _MINIMAL | {"evaluate": evaluate})).evaluate.ensembles == ensembles
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "just text"])

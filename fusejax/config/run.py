@@ -26,6 +26,8 @@ from fusejax.config.stages import (
 )
 from fusejax.errors import InputError, nearest
 
+_ENSEMBLES = ("ensemble", "ensemble-weighted", "ensemble-top1")  # rows of the table
+
 
 class RunConfig(Config):
     """A whole run: corpus, sources, target, fusions, training, merge, evaluation."""
@@ -76,7 +78,7 @@ class RunConfig(Config):
         for kind, found in (("sources", names), ("fusions", fusions), ("merges", merges)):
             if len(set(found)) < len(found):
                 raise ValueError(f"{kind} must have different names, got {found}; set `name`")
-        reserved = {"base", "target", "clm", "ensemble", *(f"source-{name}" for name in names)}
+        reserved = {"base", "target", "clm", *_ENSEMBLES, *(f"source-{name}" for name in names)}
         if bad := (reserved | {"merged"}) & set(fusions):
             raise ValueError(f"fusion names {sorted(bad)} are reserved")
         if bad := reserved & set(merges):
@@ -92,6 +94,8 @@ class RunConfig(Config):
                 if name not in names:
                     raise ValueError(f"fusion {fusion.name!r} names source {name!r}; sources are {names}")
         self._models_exist(fusions + ["clm"] * self.train.baseline, merges)
+        if "weighted" in self.evaluate.ensembles and not self.corpus.valid and not self.corpus.valid_fraction:
+            raise ValueError("evaluate.ensembles weighted takes its weights from the valid split: set valid_fraction")
         if self.loss.clm_weight + self.loss.fusion_weight <= 0:
             raise ValueError("clm_weight and fusion_weight are both 0: nothing would be trained")
         return self

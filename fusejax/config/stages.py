@@ -15,7 +15,7 @@ __all__ = [
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusejax.config.base import NAME, Config
 
@@ -225,6 +225,26 @@ class EvaluateConfig(Config):
 
     context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
     batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
-    ensemble: bool = Field(
-        default=True, description="Also the mean-probability ensemble of the sources and the target."
+    ensembles: tuple[Literal["mean", "weighted", "top1"], ...] = Field(
+        default=("mean",),
+        description="Of the sources and the target: mean probability; weighted by bits per byte of the valid split; or "
+        "one model per document, by bits per byte of its prompt. `ensemble: true` or `false`: mean or none.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_switch(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "ensemble" not in values:
+            return values
+        values = dict(values)
+        wanted = values.pop("ensemble")
+        if not isinstance(wanted, bool) or "ensembles" in values:
+            raise ValueError("ensemble must be true or false, beside no `ensembles`: list what you want there")
+        return values | {"ensembles": ("mean",) if wanted else ()}
+
+    @field_validator("ensembles")
+    @classmethod
+    def _once_each(cls, ensembles: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(ensembles)) < len(ensembles):
+            raise ValueError("each ensemble may be named once")
+        return ensembles

@@ -3,12 +3,16 @@
 __all__ = ["DocumentEncoder"]
 
 from collections.abc import Sequence
+from functools import partial
 
-from fusejax.data.chat import ChatTemplate
+import numpy as np
+
+from fusejax.data.chat import ChatTemplate, Rendering
 from fusejax.data.corpus import Document
 from fusejax.errors import InputError
-from fusejax.io.tokenizer_rendered import encode_rendered, mask_encoded
+from fusejax.io.tokenizer_rendered import NothingTrained, encode_rendered, mask_encoded
 from fusejax.io.tokenizers import EncodedDocument, Tokenizer
+from fusejax.types import Array
 
 
 class DocumentEncoder:
@@ -37,6 +41,16 @@ class DocumentEncoder:
         plain = iter(self.tokenizer.encode_batch([d.text for d in documents if not d.turns]))
         return [self._conversation(d) if d.turns else self._masked(d, next(plain)) for d in documents]
 
+    def encode_prompts(self, documents: Sequence[Document]) -> list[EncodedDocument | None]:
+        """Encodes documents to score what stands before their first trained byte.
+
+        Returns:
+          Per document an encoding whose `spans` are that: the contents before the first answer of a conversation,
+          without the tokens around them, or the text before the first span. None where there is no such text, or no
+          token lies within it.
+        """
+        return [self._prompt(document) for document in documents]
+
     def encode(self, document: Document) -> EncodedDocument:
         """Encodes one document; see `encode_batch`."""
         return self.encode_batch([document])[0]
@@ -47,9 +61,36 @@ class DocumentEncoder:
         where = f"document {document.id!r}"
         return mask_encoded(self.tokenizer, encoded, document.text, document.spans, where=where)
 
+    def _prompt(self, document: Document) -> EncodedDocument | None:
+        where = f"document {document.id!r}"
+        if document.turns:
+            text, contents, spans = self._rendered(document)
+            before = sorted({(start, stop) for start, stop in contents if start < stop <= spans[0][0]})
+            text = text[: max((stop for _, stop in before), default=0)]
+            make = partial(encode_rendered, self.tokenizer, text, contents=contents, needs_stop=False)
+        elif document.spans is not None and document.spans[0][0] > 0:
+            before = [(0, document.spans[0][0])]
+            make = partial(mask_encoded, self.tokenizer, self.tokenizer.encode(document.text), document.text)
+        else:
+            return None
+        if not before:
+            return None
+        try:
+            encoded = make(spans=before, where=where)
+        except NothingTrained:
+            return None
+        scaffold = set(self.tokenizer.special_tokens.values()) - {self.tokenizer.unk_id}
+        spans_of: Array = encoded.spans
+        counted = np.where(np.isin(encoded.labels, list(scaffold)), -1, spans_of)
+        return encoded._replace(spans=counted) if (counted >= 0).any() else None
+
     def _conversation(self, document: Document) -> EncodedDocument:
+        text, contents, spans = self._rendered(document)
+        where = f"document {document.id!r}"
+        return encode_rendered(self.tokenizer, text, contents=contents, spans=spans, where=where)
+
+    def _rendered(self, document: Document) -> Rendering:
         where = f"document {document.id!r}"
         if self.template is None:
             raise InputError(f"{where} is a conversation; give the model a `chat_template`")
-        text, contents, spans = self.template.render(document.messages, where=where)
-        return encode_rendered(self.tokenizer, text, contents=contents, spans=spans, where=where)
+        return self.template.render(document.messages, where=where)

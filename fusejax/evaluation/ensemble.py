@@ -1,4 +1,4 @@
-"""The mean-probability ensemble of models with different tokenizers.
+"""The ensemble of models with different tokenizers: the mean of their probabilities, weighted or not.
 
 Two tokenizers share no tokens, but they share bytes. A document is cut into the smallest spans whose two ends are
 token boundaries in every model; the probability of a span is, for each model, the product of its labels' in it; the
@@ -19,6 +19,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.evaluation.bits_per_byte import bits_per_byte
 from fusejax.evaluation.documents import DocumentScore, Evaluation
+from fusejax.types import Array
 
 __all__ = ["EnsembleDocument", "EnsembleEvaluation", "ensemble_document", "ensemble_evaluations", "span_logprobs"]
 
@@ -109,7 +110,7 @@ def _sums(document: DocumentScore, ends: np.ndarray, boundaries: np.ndarray) -> 
 
 
 def ensemble_document(
-    documents: Sequence[DocumentScore], *, weights: Sequence[float] | None = None
+    documents: Sequence[DocumentScore], *, weights: Sequence[float] | Array | None = None
 ) -> EnsembleDocument:
     """Mixes the scores of one text by several models.
 
@@ -130,19 +131,31 @@ def ensemble_document(
 
 
 def ensemble_evaluations(
-    evaluations: Sequence[Evaluation], *, weights: Sequence[float] | None = None
+    evaluations: Sequence[Evaluation], *, weights: Sequence[float] | Array | None = None
 ) -> EnsembleEvaluation:
-    """Mixes several models' scores of the same documents (weights as in `ensemble_document`)."""
+    """Mixes several models' scores of the same documents.
+
+    Args:
+      evaluations: of S models.
+      weights: [S] as in `ensemble_document`, or [D, S], those of every document.
+
+    Raises:
+      InputError: the models scored different documents; or as `ensemble_document`.
+    """
     if not evaluations:
         raise InputError("an ensemble needs at least one model.")
     indices = [[document.index for document in evaluation.documents] for evaluation in evaluations]
     if any(other != indices[0] for other in indices[1:]):
         raise InputError("the models scored different documents; evaluate all on the same texts.")
-    columns = zip(*(evaluation.documents for evaluation in evaluations), strict=True)
-    return EnsembleEvaluation(tuple(ensemble_document(column, weights=weights) for column in columns))
+    columns = list(zip(*(evaluation.documents for evaluation in evaluations), strict=True))
+    each = [weights] * len(columns) if weights is None or np.ndim(weights) == 1 else list(weights)
+    if len(each) != len(columns):
+        raise InputError(f"weights are of {len(each)} documents, {len(columns)} were scored.")
+    mixed = (ensemble_document(column, weights=own) for column, own in zip(columns, each, strict=True))
+    return EnsembleEvaluation(tuple(mixed))
 
 
-def _log_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
+def _log_weights(weights: Sequence[float] | Array | None, count: int) -> np.ndarray:
     values = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if values.shape != (count,) or not np.isfinite(values).all() or (values < 0).any() or (count and not values.any()):
         raise InputError(f"weights must be {count} numbers >= 0 that do not sum to 0, got {weights!r}.")

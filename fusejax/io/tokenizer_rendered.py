@@ -23,9 +23,13 @@ from fusejax.errors import InputError
 from fusejax.io.tokenizers import EncodedDocument, Tokenizer
 from fusejax.types import Array
 
-__all__ = ["encode_rendered", "mask_encoded"]
+__all__ = ["NothingTrained", "encode_rendered", "mask_encoded"]
 
 Ranges = Sequence[tuple[int, int]]
+
+
+class NothingTrained(InputError):
+    """No token lies within the spans."""
 
 
 class _Whole(NamedTuple):
@@ -126,7 +130,7 @@ def _masked(whole: _Whole, spans: Ranges, where: str, *, needs_stop: bool) -> En
                 "not learn to stop. Give a `chat_template` that ends turns with a token of this tokenizer"
             )
     if (trained[1:] < 0).all():
-        raise InputError(f"{where}: no token lies within the spans {list(spans)[:3]}: there is nothing to train")
+        raise NothingTrained(f"{where}: no token lies within the spans {list(spans)[:3]}: there is nothing to train")
     n_bytes = sum(end - begin for begin, end in spans)
     return EncodedDocument(ids[:-1], ids[1:], covered[:-1].astype(np.int32), n_bytes, exact, trained[1:])
 

@@ -33,8 +33,8 @@ def build_report(
 
     Args:
         run_dir: directory of the run; made where it is missing.
-        result: what `quickstart --json` prints: `bits_per_byte` (model -> domain -> value), optionally `seconds`,
-            `peak_rss_bytes`, `export`.
+        result: what `quickstart --json` prints: `bits_per_byte` (model -> domain -> value), optionally
+            `standard_error`, `documents`, `seconds`, `peak_rss_bytes`, `export`.
         metrics: training run -> its `metrics.jsonl`.
         alignment: source -> number of target positions per outcome (`aligned`, `conditioned`, `dropped`).
         choices: domain or set -> number of positions at which each source was chosen (MinCE).
@@ -59,9 +59,11 @@ def build_report(
             "tokenizers. Lower is better; the lowest value of each column is bold.",
             _results_table(results) if results else "",
             picture(
-                plot_bits_per_byte(results, plots / "bits_per_byte.png"), "Bits per byte of every model per domain"
+                plot_bits_per_byte(results, plots / "bits_per_byte.png", errors=result.get("standard_error")),
+                "Bits per byte of every model per domain, with two standard errors each way",
             ),
         ),
+        _spread(result),
         section(
             "Training",
             "The loss is the weighted sum that an arm minimises: arms with other weights are compared by their "
@@ -111,6 +113,32 @@ def _results_table(results: BitsPerByte) -> str:
         for model, cells in rows
     ]
     return table(["model", *columns], body)
+
+
+def _spread(result: Mapping[str, Any]) -> str:
+    return section(
+        "Spread over documents",
+        "Standard error of the table above (documents drawn with replacement, the same for all models), and bits per "
+        "byte of single documents. It says nothing of trainings with another seed.",
+        _errors_table(result.get("standard_error", {})),
+        _quantiles_table(result.get("documents", {})),
+    )
+
+
+def _errors_table(errors: BitsPerByte) -> str:
+    columns, rows = layout(errors, digits=4)
+    body = [(model, "".join(f"<td>{html.escape(text)}</td>" for text, _ in cells)) for model, cells in rows]
+    return table(["standard error", *columns], body) if columns else ""
+
+
+def _quantiles_table(quantiles: Mapping[str, Mapping[str, float]]) -> str:
+    columns = {"p10": "10 %", "median": "median", "p90": "90 %"}
+    rows = [
+        (model, f"<td>{row['count']}</td>" + "".join(f"<td>{row[key]:.3f}</td>" for key in columns))
+        for model, row in quantiles.items()
+        if row.get("count")
+    ]
+    return table(["documents", "number", *columns.values()], rows) if rows else ""
 
 
 def _counts_table(counts: Mapping[str, Mapping[str, float]], *, corner: str) -> str:

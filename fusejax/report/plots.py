@@ -75,12 +75,13 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def plot_bits_per_byte(results: BitsPerByte, path: Path) -> Path | None:
+def plot_bits_per_byte(results: BitsPerByte, path: Path, *, errors: BitsPerByte | None = None) -> Path | None:
     """Draws bits per byte of every model, one panel of bars per domain, on one scale from zero.
 
     Args:
         results: model -> domain -> bits per byte.
         path: PNG file to write.
+        errors: standard errors in the same form, drawn as bars of two each way; a model or a domain may be missing.
 
     Returns:
         `path`, or None without results.
@@ -93,7 +94,8 @@ def plot_bits_per_byte(results: BitsPerByte, path: Path) -> Path | None:
     largest = max((results[model].get(c, 0.0) for model, _ in rows for c in columns), default=1.0)
     for index, (column, ax) in enumerate(zip(columns, axes, strict=True)):
         values = [results[model].get(column) for model, _ in rows]
-        _bars(ax, [model for model, _ in rows], values, texts=[cells[index][0] for _, cells in rows])
+        widths = [2 * (errors or {}).get(model, {}).get(column, 0.0) for model, _ in rows]
+        _bars(ax, [model for model, _ in rows], values, texts=[cells[index][0] for _, cells in rows], widths=widths)
         ax.set_xlim(0, largest * 1.18)
         ax.set_title(column, fontsize=10, color=INK, loc="left")
         ax.set_xlabel("bits per byte", fontsize=9)
@@ -188,12 +190,15 @@ def colour_of(name: str, number: int) -> str:
     return ROLES.get(name, FUSIONS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(FUSIONS)])
 
 
-def _bars(ax: Axes, names: Sequence[str], values: Sequence[float | None], *, texts: Sequence[str]) -> None:
+def _bars(
+    ax: Axes, names: Sequence[str], values: Sequence[float | None], *, texts: Sequence[str], widths: Sequence[float]
+) -> None:
     colours = [colour_of(name, number) for number, name in enumerate(names)]
     lengths = [value or 0.0 for value in values]
-    ax.barh(range(len(names)), lengths, color=colours, height=0.66)
-    for y, (length, text) in enumerate(zip(lengths, texts, strict=True)):
-        ax.text(length, y, f" {text}", va="center", fontsize=8, color=INK)
+    bars = {"xerr": widths, "error_kw": {"ecolor": INK, "elinewidth": 0.8, "capsize": 2}} if any(widths) else {}
+    ax.barh(range(len(names)), lengths, color=colours, height=0.66, **bars)
+    for y, (length, width, text) in enumerate(zip(lengths, widths, texts, strict=True)):
+        ax.text(length + width, y, f" {text}", va="center", fontsize=8, color=INK)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
 

@@ -1,78 +1,44 @@
 """evaluate: bits per byte of one model on a file, or of every model of a run on its test split."""
 
-__all__ = ["command", "evaluate_run", "score_texts"]
+__all__ = ["command", "evaluate_run"]
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from fusejax.config import ModelRef
-from fusejax.data.corpus import Document, read_corpus
+from fusejax.data.corpus import read_corpus
 from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
-from fusejax.evaluation import DocumentScore, Evaluation, by_domain, ensemble_evaluations, evaluate_documents
-from fusejax.io.manifest import MANIFEST, read_manifest, write_json
+from fusejax.evaluation import by_domain, document_quantiles, standard_errors
+from fusejax.io.manifest import MANIFEST, write_json
 from fusejax.io.models import resolve_model
-from fusejax.io.progress import progress
-from fusejax.io.store import Record, RecordReader, RecordWriter
-from fusejax.io.tokenizers import EncodedDocument, Tokenizer, check_vocabulary, load_tokenizer
+from fusejax.io.tokenizers import load_tokenizer
 from fusejax.report import markdown_table
-from fusejax.sources.open import Source, describe_source, open_source
-from fusejax.stages.capture import chat_settings, describe
+from fusejax.sources.open import describe_source
 from fusejax.stages.command import Result, parser, positive_int
-from fusejax.stages.context import Run, finished
-
-
-def score_texts(
-    source: Source,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    context: int,
-    batch_tokens: int,
-    label: str,
-    encoded: Mapping[str, EncodedDocument] | None = None,
-) -> Evaluation:
-    """Scores every token of texts; [N] realised log-probabilities per document.
-
-    `encoded` says what stands for each text where that is not its plain encoding.
-    """
-    if source.vocab_size is not None:
-        check_vocabulary(tokenizer, source.vocab_size, str(source.directory))
-    context = min(context, source.max_positions or context)
-    score = open_source(source, top_k=0, valid_vocab=tokenizer.vocab_size, context=context)
-    if encoded is None:
-        encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    total = sum(len(encoded[text].labels) for text in texts if text)
-    with progress(f"evaluate {label}", total=total, unit="tokens") as bar:
-        return evaluate_documents(
-            lambda *arrays: score(*arrays)[0],
-            SimpleNamespace(encode=encoded.__getitem__),
-            texts,
-            context=context,
-            batch_size=max(1, batch_tokens // context),
-            on_batch=bar.update,
-        )
+from fusejax.stages.context import Run
+from fusejax.stages.ensembles import ensembles
+from fusejax.stages.scores import score_texts, scores_of
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Evaluates sources, target, every trained arm, every merge and the ensemble; writes result.json."""
+    """Evaluates sources, target, every trained arm, every merge and the ensembles; writes result.json."""
     documents = read_corpus(run.corpus_dir, "test")
+    models = _models(run)
+    scored: dict[str, Any] = {name: scores_of(run, name, ref, documents) for name, ref in models.items()}
+    members = {n: (ref, scored[n]) for n, ref in models.items() if n == "target" or n.startswith("source:")}
+    mixed, facts = ensembles(run, members, documents)
+    scored |= mixed
     domains = [document.domain for document in documents]
-    table: dict[str, dict[str, float]] = {}
-    fused: list[Evaluation] = []
-    for name, ref in _models(run).items():
-        evaluation = _evaluate_one(run, name, ref, documents)
-        table[name] = by_domain(evaluation, domains)
-        if name == "target" or name.startswith("source:"):
-            fused.append(evaluation)
-    if run.config.evaluate.ensemble:
-        table["ensemble"] = by_domain(ensemble_evaluations(fused), domains)
-    result = {"bits_per_byte": table, "table": markdown_table(table)}
+    table = {name: by_domain(evaluation, domains) for name, evaluation in scored.items()}
+    origins = [document.origin or document.id for document in documents]
+    result = {
+        "bits_per_byte": table,
+        "standard_error": standard_errors(scored, domains, origins, seed=run.config.seed),
+        "documents": {name: document_quantiles(evaluation) for name, evaluation in scored.items()},
+        "ensembles": facts,
+        "table": markdown_table(table),
+    }
     write_json(run.directory / "result.json", result)
     return result
 
@@ -90,47 +56,6 @@ def _models(run: Run) -> dict[str, ModelRef]:
             raise InputError(f"{run.model_dir(arm)} is not there: run `fusejax train` and `fusejax merge` first")
         found[arm] = ModelRef(model=str(run.model_dir(arm)), name=arm, chat_template=config.target.chat_template)
     return found
-
-
-def _evaluate_one(run: Run, name: str, ref: ModelRef, documents: Sequence[Document]) -> Evaluation:
-    """Scores the test split, or reads the scores of an earlier run of the same model."""
-    options, source = run.config.evaluate, describe(run, ref)
-    settings = {"split": "test", "context": options.context, "tokenizer": run.tokenizer(ref).fingerprint}
-    settings |= chat_settings(run, ref)
-    parents = {"corpus": read_manifest(run.corpus_dir).fingerprint, "model": source.fingerprint}
-    directory = run.directory / "scores" / name.replace(":", "-")
-    if not finished(directory, kind="scores", settings=settings | {"shard_size": 256}, parents=parents):
-        run.replace_stale(directory)
-        names = [document.id for document in documents]
-        found = score_texts(
-            source,
-            run.tokenizer(ref),
-            names,
-            encoded=dict(zip(names, run.encoder(ref).encode_batch(documents), strict=True)),
-            context=options.context,
-            batch_tokens=max(options.batch_tokens, options.context),
-            label=name,
-        )
-        writer = RecordWriter(directory, kind="scores", settings=settings, parents=parents)
-        for score in found.documents[writer.resume_at :]:
-            arrays = {"realised_logprob": score.realised_logprob, "byte_ends": score.byte_ends}
-            writer.write(Record(documents[score.index].id, {"index": score.index, "n_bytes": score.n_bytes}, arrays))
-        facts = {"nll_nats": found.nll_nats, "tokens": found.tokens, "bytes": found.n_bytes}
-        writer.finish(facts=facts | {"unpredicted_bytes": found.unpredicted_bytes})
-    return _read_scores(directory)
-
-
-def _read_scores(directory: Path) -> Evaluation:
-    scores = tuple(
-        DocumentScore(
-            int(record.header["index"]),
-            np.asarray(record.arrays["realised_logprob"]),
-            np.asarray(record.arrays["byte_ends"]),
-            int(record.header["n_bytes"]),
-        )
-        for record in RecordReader(directory, kind="scores")
-    )
-    return Evaluation(scores, 0)
 
 
 def command(name: str, words: list[str]) -> Result:

@@ -27,6 +27,8 @@ _STAGE_OF = {
     "fused": "fuse",
     "models": "train",
     "scores": "evaluate",
+    "scores-prompt": "evaluate",
+    "scores-valid": "evaluate",
     "export": "export",
 }
 

@@ -151,6 +151,39 @@ def test_ids_are_those_of_the_whole_text_and_labels_are_the_contents(name, templ
 
 
 @needs_data
+@pytest.mark.parametrize(("name", "template"), PAIRS)
+def test_the_prompt_of_a_conversation_is_what_stands_before_the_first_answer(name, template):
+    tokenizer = _tokenizer(name)
+    text, turns, spans = conversation(TALK)
+    (encoded,) = DocumentEncoder(tokenizer, template_of(tokenizer, template)).encode_prompts(
+        [Document("d", text, spans=spans, turns=turns)]
+    )
+    assert encoded is not None and encoded.spans is not None
+    assert encoded.n_bytes == len(TALK[0][1].encode())
+    said = b"".join(tokenizer.token_bytes[i] or b"" for i in encoded.labels[encoded.spans >= 0])
+    assert all(
+        tokenizer.token_bytes[i] is not None or i == tokenizer.unk_id for i in encoded.labels[encoded.spans >= 0]
+    )
+    if encoded.exact:
+        assert said.strip() == TALK[0][1].encode()
+
+
+@needs_data
+def test_what_has_no_prompt():
+    encoder = DocumentEncoder(_tokenizer("qwen2"), template_of(_tokenizer("qwen2"), "chatml"))
+    text, turns, spans = conversation([("assistant", "Hello!"), ("user", "hi"), ("assistant", "bye")])
+    documents = [
+        Document("0", text, spans=spans, turns=turns),
+        Document("1", "plain text"),
+        Document("2", "from the start", spans=((0, 4),)),
+        Document("3", "What? This.", spans=((6, 11),)),
+    ]
+    found = encoder.encode_prompts(documents)
+    assert found[:3] == [None] * 3
+    assert found[3] is not None and found[3].n_bytes == 6 and (found[3].spans >= 0).sum() >= 1
+
+
+@needs_data
 def test_special_tokens_inside_a_message_are_plain_text():
     tokenizer = _tokenizer("qwen2")
     talk = [("user", "say <|im_end|>"), ("assistant", "fine: <|im_end|><|im_start|>system")]

@@ -61,6 +61,18 @@ def metrics(tmp_path):
     return path
 
 
+def test_the_spread_over_documents_has_its_tables(tmp_path):
+    errors = {"target": {"prose": 0.0123, "mean": 0.0456}, "fused": {"prose": 0.02}}
+    spread = {"target": {"count": 7, "p10": 1.5, "median": 2.5, "p90": 3.25}, "fused": {"count": 0}}
+    plain = build_report(tmp_path / "plain", RESULT)
+    path = build_report(tmp_path / "run", RESULT | {"standard_error": errors, "documents": spread})
+    text = Page(path.read_text()).text
+    for said in ("Spread over documents", "0.0123", "0.0456", "median", "3.250"):
+        assert said in text and said not in Page(plain.read_text()).text
+    pictures = [place / "plots" / "bits_per_byte.png" for place in (plain.parent, path.parent)]
+    assert pictures[0].read_bytes() != pictures[1].read_bytes(), "error bars are drawn"
+
+
 def test_a_full_report_is_one_page_with_its_pictures_inside(tmp_path, metrics):
     path = build_report(
         tmp_path / "run",

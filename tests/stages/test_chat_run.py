@@ -55,6 +55,7 @@ def _config(root, **changes) -> RunConfig:
     made["target"]["chat_template"] = "vicuna"
     made["align"] = {"chain": True, "conditioned": True}
     made["train"] |= {"packing": True, "max_steps": 3}
+    made["evaluate"]["ensembles"] = ["mean", "weighted", "top1"]
     made["fusions"] = made["fusions"][1:]  # the mixture, in which the target takes part
     made["merge"] = None
     return RunConfig.model_validate(made | changes)
@@ -166,13 +167,53 @@ def test_masked_positions_have_no_influence_at_all(run):
 
 def test_it_trains_and_is_evaluated_on_what_is_trained(run):
     train(run)
-    table = evaluate_run(run)["bits_per_byte"]
+    result = evaluate_run(run)
+    table = result["bits_per_byte"]
+    assert list(table)[-3:] == ["ensemble", "ensemble-weighted", "ensemble-top1"]
     assert set(table["target"]) == {"chat", "spans", "plain", "mean"}
+    assert set(result["documents"]) == set(table) and result["documents"]["target"]["count"] > 3
+    _check_ensembles(run, result)
     assert all(np.isfinite(list(row.values())).all() for row in table.values())
     for record, document in zip(
         RecordReader(run.directory / "scores" / "target"), read_corpus(run.corpus_dir, "test"), strict=True
     ):
         assert record.header["n_bytes"] == document.trained_bytes
+
+
+def _check_ensembles(run, result):
+    """Weights from the valid split, and one model per document by its prompt, recomputed from what is stored."""
+    members = ["source:a", "source:b", "target"]
+    documents = {split: read_corpus(run.corpus_dir, split) for split in ("test", "valid")}
+
+    def stored(part, name):
+        place = run.directory / part / name.replace(":", "-")
+        return {r.header["index"]: (-float(r.arrays["realised_logprob"].sum(dtype=np.float64)), r.header["n_bytes"])
+                for r in RecordReader(place)}  # fmt: skip
+
+    valid = [stored("scores-valid", name) for name in members]
+    for domain, weights in result["ensembles"]["ensemble-weighted"]["weights"].items():
+        of = [i for i, d in enumerate(documents["valid"]) if d.domain == domain]
+        of = of or list(range(len(documents["valid"])))
+        rates = [sum(v[i][0] for i in of) / np.log(2) / sum(v[i][1] for i in of) for v in valid]
+        expected = np.exp(-np.array(rates)) / np.exp(-np.array(rates)).sum()
+        np.testing.assert_allclose([weights[name] for name in members], expected, rtol=1e-6)
+    test, prompts = ([stored(part, name) for name in members] for part in ("scores", "scores-prompt"))
+    total: dict[str, np.ndarray] = {}
+    for index, document in enumerate(documents["test"]):
+        assert (index in prompts[0]) == (document.spans is not None)
+        if document.turns:  # contents alone, whatever stands around them
+            assert prompts[0][index][1] == prompts[2][index][1] == document.turns[0].stop
+        by = prompts if document.spans is not None else test
+        best = min(range(3), key=lambda m: by[m][index][0] / by[m][index][1])
+        total[document.domain] = total.get(document.domain, np.zeros(2)) + test[best][index]
+    for domain, (nats, size) in total.items():
+        assert result["bits_per_byte"]["ensemble-top1"][domain] == pytest.approx(nats / np.log(2) / size, rel=1e-6)
+    facts = result["ensembles"]["ensemble-top1"]
+    masked = sum(d.spans is not None for d in documents["test"])
+    assert (facts["by_prompt"], facts["by_document"]) == (masked, len(documents["test"]) - masked)
+    assert sum(facts["chosen"].values()) == len(documents["test"])
+    plain = result["bits_per_byte"]["ensemble-top1"]["plain"]
+    assert plain <= min(result["bits_per_byte"][name]["plain"] for name in members), "on plain text it is a bound"
 
 
 @pytest.mark.slow
