@@ -230,6 +230,11 @@ class EvaluateConfig(Config):
         description="Of the sources and the target: mean probability; weighted by bits per byte of the valid split; or "
         "one model per document, by bits per byte of its prompt. `ensemble: true` or `false`: mean or none.",
     )
+    tasks: tuple[str, ...] = Field(
+        default=(), description="Local files of questions that every model answers (forms: docs, Evaluate); none."
+    )
+    task_fewshot: int = Field(default=0, ge=0, description="Examples of the file itself that each prompt shows.")
+    task_limit: int | None = Field(default=None, ge=1, description="Examples per task file that are tested. None: all.")
 
     @model_validator(mode="before")
     @classmethod

@@ -128,6 +128,9 @@ def run_local(
 ) -> dict[str, float]:
     """Runs a data file as a task and returns {"accuracy", "stderr", "examples"}.
 
+    Where all its questions have options, also "accuracy_per_byte": of the option with the highest log-probability per
+    UTF-8 byte, for which long options are no worse than short ones.
+
     Args:
       model: answers the questions.
       path: see the module.
@@ -141,25 +144,29 @@ def run_local(
         raise InputError(f"{path} has {len(examples)} examples, {fewshot} of them shown: none is left to test")
     shots = "".join(f"{example['prompt']} {example['solution']}\n\n" for example in shown)
     chosen = [example for example in tested if example["options"]]
-    right = _right_choices(model, chosen, shots)
+    right, per_byte = _right_choices(model, chosen, shots)
     written = [example for example in tested if not example["options"]]
     if written:
         prompts = [shots + example["prompt"] for example in written]
         texts = model.generate_until(prompts, until=["\n\n", "\nQ:"], max_new_tokens=max_new_tokens)
         right += [_answer_of(text, e["kind"]) == e["target"] for text, e in zip(texts, written, strict=True)]
     share = sum(right) / len(right)
-    return {"accuracy": share, "stderr": (share * (1 - share) / len(right)) ** 0.5, "examples": len(right)}
+    found = {"accuracy": share, "stderr": (share * (1 - share) / len(right)) ** 0.5, "examples": len(right)}
+    return found if written else found | {"accuracy_per_byte": sum(per_byte) / len(per_byte)}
 
 
-def _right_choices(model: LanguageModel, examples: list[Example], shots: str) -> list[bool]:
-    """Whether the likeliest option is the right one, for each example."""
+def _right_choices(model: LanguageModel, examples: list[Example], shots: str) -> tuple[list[bool], list[bool]]:
+    """Whether the likeliest option is the right one, for each example; and the likeliest per byte."""
     pairs = [(shots + example["prompt"], f" {option}") for example in examples for option in example["options"]]
     answers = iter(model.loglikelihood(pairs))
-    right = []
+    right, per_byte = [], []
     for example in examples:
-        scores = [next(answers).logprob for _ in example["options"]]
-        right.append(example["options"][max(range(len(scores)), key=scores.__getitem__)] == example["target"])
-    return right
+        options = example["options"]
+        scores = {option: next(answers).logprob for option in options}
+        right.append(max(options, key=scores.__getitem__) == example["target"])
+        rates = {option: score / len(f" {option}".encode()) for option, score in scores.items()}
+        per_byte.append(max(options, key=rates.__getitem__) == example["target"])
+    return right, per_byte
 
 
 def local_examples(path: Path) -> list[Example]:

@@ -67,7 +67,7 @@ class LanguageModel:
         on_batch: Callable[[int], None] | None = None,
     ):
         self._score, self._generate, self._tokenizer = score, generate, tokenizer
-        self._context, self._batch_tokens = context, batch_tokens
+        self.context, self._batch_tokens = context, batch_tokens
         self._on_batch = on_batch or (lambda count: None)
         self.truncated = 0  # questions whose beginning did not fit
 
@@ -79,7 +79,7 @@ class LanguageModel:
         """
         questions = [self._question(index, *pair) for index, pair in enumerate(pairs)]
         answers: list[Answer | None] = [None] * len(pairs)
-        for batch in _batches(questions, self._batch_tokens):
+        for batch in _batches(questions, self._batch_tokens, self.context):
             for (index, *_), answer in zip(batch, self._answer(batch), strict=True):
                 answers[index] = answer
             self._on_batch(len(batch))
@@ -93,8 +93,8 @@ class LanguageModel:
             lambda *arrays: self._score(*arrays)[0],
             _Encoded(encoded),
             texts,
-            context=self._context,
-            batch_size=max(1, self._batch_tokens // self._context),
+            context=self.context,
+            batch_size=max(1, self._batch_tokens // self.context),
         )
         for document in scored.documents:
             found[document.index] = -document.nll_nats
@@ -109,9 +109,9 @@ class LanguageModel:
         """
         if self._generate is None:
             raise InputError("this model was opened to score text, not to generate any")
-        room = self._context - max_new_tokens
+        room = self.context - max_new_tokens
         if room < 1:
-            raise InputError(f"max_new_tokens {max_new_tokens} leaves no room in a context of {self._context}")
+            raise InputError(f"max_new_tokens {max_new_tokens} leaves no room in a context of {self.context}")
         encoded = [self._ids(text)[-room:] for text in prompts]
         self.truncated += sum(len(self._ids(text)) > room for text in prompts)
         found = [""] * len(prompts)
@@ -167,16 +167,16 @@ class LanguageModel:
         whole = self._ids(context + continuation)
         known = len(self._ids(context)) if context or self._tokenizer.start_id is not None else 1
         own = len(whole) - known
-        if own < 1 or own > self._context:
+        if own < 1 or own > self.context:
             raise InputError(
                 f"continuation {index} ({continuation[:40]!r}) adds {own} tokens to its context; between 1 and the "
-                f"model's {self._context} are needed"
+                f"model's {self.context} are needed"
             )
-        self.truncated += len(whole) > self._context + 1
-        return index, whole[-self._context - 1 :], own
+        self.truncated += len(whole) > self.context + 1
+        return index, whole[-self.context - 1 :], own
 
     def _answer(self, batch: list[tuple[int, list[int], int]]) -> Iterator[Answer]:
-        width = _width(max(len(ids) for _, ids, _ in batch) - 1, self._context)
+        width = _width(max(len(ids) for _, ids, _ in batch) - 1, self.context)
         rows = max(1, self._batch_tokens // width)
         tokens, labels, positions, segments = (np.zeros((rows, width), np.int32) for _ in range(4))
         for row, (_, ids, _) in enumerate(batch):
@@ -207,12 +207,14 @@ def _width(length: int, limit: int) -> int:
     return min(width, max(limit, length))
 
 
-def _batches(questions: list[tuple[int, list[int], int]], tokens: int) -> Iterator[list[tuple[int, list[int], int]]]:
-    """Cuts questions, the longest first, into batches of one width."""
+def _batches(
+    questions: list[tuple[int, list[int], int]], tokens: int, context: int
+) -> Iterator[list[tuple[int, list[int], int]]]:
+    """Cuts questions, the longest first, into batches of one width, that of the array they are laid into."""
     batch: list[tuple[int, list[int], int]] = []
     width = 0
     for question in sorted(questions, key=lambda question: -len(question[1])):
-        own = _width(len(question[1]) - 1, 1)
+        own = _width(len(question[1]) - 1, context)
         if batch and (own != width or len(batch) == max(1, tokens // width)):
             yield batch
             batch = []

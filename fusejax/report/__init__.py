@@ -2,6 +2,6 @@
 
 from fusejax.report.html import build_report
 from fusejax.report.metrics import read_series
-from fusejax.report.tables import markdown_table, rich_table
+from fusejax.report.tables import accuracy_table, markdown_table, rich_table
 
-__all__ = ["build_report", "markdown_table", "read_series", "rich_table"]
+__all__ = ["accuracy_table", "build_report", "markdown_table", "read_series", "rich_table"]

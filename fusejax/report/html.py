@@ -64,6 +64,7 @@ def build_report(
             ),
         ),
         _spread(result),
+        _tasks(result),
         section(
             "Training",
             "The loss is the weighted sum that an arm minimises: arms with other weights are compared by their "
@@ -123,6 +124,17 @@ def _spread(result: Mapping[str, Any]) -> str:
         _errors_table(result.get("standard_error", {})),
         _quantiles_table(result.get("documents", {})),
     )
+
+
+def _tasks(result: Mapping[str, Any]) -> str:
+    results = result.get("tasks", {})
+    rows = [
+        (model, f'<td class="text">{html.escape(task)}</td><td>{v["accuracy"]:.3f} ± {v["stderr"]:.3f}</td>')
+        for model, row in results.items()
+        for task, v in row.items()
+    ]
+    note = "Share of right answers to the questions of local files, with its binomial standard error."
+    return section("Tasks", note, table(["model", "task", "accuracy"], rows) if rows else "")
 
 
 def _errors_table(errors: BitsPerByte) -> str:

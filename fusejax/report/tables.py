@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-__all__ = ["BitsPerByte", "Cell", "layout", "markdown_table", "rich_table"]
+__all__ = ["BitsPerByte", "Cell", "accuracy_table", "layout", "markdown_table", "rich_table"]
 
 BitsPerByte = Mapping[str, Mapping[str, float]]  # model -> domain (and "mean") -> bits per byte
 Cell = tuple[str, bool]  # text, whether it is the lowest of its column
@@ -49,6 +49,18 @@ def markdown_table(results: BitsPerByte, *, digits: int = 3) -> str:
     lines = [_line(["bits per byte", *columns]), "|---|" + "---:|" * len(columns)]
     for model, cells in rows:
         lines.append(_line([model, *(f"**{text}**" if best else text for text, best in cells)]))
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], *, digits: int = 3) -> str:
+    """Returns accuracies (model -> task -> {"accuracy", "stderr", ...}) as a Markdown table; empty without any."""
+    tasks = list(dict.fromkeys(task for row in results.values() for task in row))
+    if not tasks:
+        return ""
+    lines = [_line(["accuracy", *tasks]), "|---|" + "---:|" * len(tasks)]
+    for model, row in results.items():
+        cells = [f"{row[t]['accuracy']:.{digits}f} ± {row[t]['stderr']:.{digits}f}" if t in row else "" for t in tasks]
+        lines.append(_line([model, *cells]))
     return "\n".join(lines) + "\n"
 
 

@@ -13,22 +13,24 @@ from fusejax.evaluation import by_domain, document_quantiles, standard_errors
 from fusejax.io.manifest import MANIFEST, write_json
 from fusejax.io.models import resolve_model
 from fusejax.io.tokenizers import load_tokenizer
-from fusejax.report import markdown_table
+from fusejax.report import accuracy_table, markdown_table
 from fusejax.sources.open import describe_source
 from fusejax.stages.command import Result, parser, positive_int
 from fusejax.stages.context import Run
 from fusejax.stages.ensembles import ensembles
+from fusejax.stages.run_tasks import tasks_of
 from fusejax.stages.scores import score_texts, scores_of
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Evaluates sources, target, every trained arm, every merge and the ensembles; writes result.json."""
+    """Evaluates sources, target, every trained arm, every merge, ensembles and tasks; writes result.json."""
     documents = read_corpus(run.corpus_dir, "test")
     models = _models(run)
     scored: dict[str, Any] = {name: scores_of(run, name, ref, documents) for name, ref in models.items()}
     members = {n: (ref, scored[n]) for n, ref in models.items() if n == "target" or n.startswith("source:")}
     mixed, facts = ensembles(run, members, documents)
     scored |= mixed
+    tasks = tasks_of(run, models)
     domains = [document.domain for document in documents]
     table = {name: by_domain(evaluation, domains) for name, evaluation in scored.items()}
     origins = [document.origin or document.id for document in documents]
@@ -37,7 +39,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "standard_error": standard_errors(scored, domains, origins, seed=run.config.seed),
         "documents": {name: document_quantiles(evaluation) for name, evaluation in scored.items()},
         "ensembles": facts,
-        "table": markdown_table(table),
+        "tasks": tasks,
+        "table": "\n".join(filter(None, (markdown_table(table), accuracy_table(tasks)))),
     }
     write_json(run.directory / "result.json", result)
     return result

@@ -18,12 +18,13 @@ from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import Optimization, placement, schedule_and_optimizer
 from fusejax.stages.pretrain_models import check_pretraining
+from fusejax.stages.run_tasks import check_task_files
 
 _CHECKPOINTS = 3
 
 
 def check_before(run: Run, names: Collection[str]) -> None:
-    """Checks models, tokenizers, mesh, row length, disk and merge of the stages that are going to run.
+    """Checks models, tokenizers, mesh, row length, disk, merges and task files of the stages that are going to run.
 
     Weights are not read; hub names are downloaded here.
 
@@ -56,6 +57,8 @@ def check_before(run: Run, names: Collection[str]) -> None:
             raise InputError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it")
     if "merge" in names:
         _check_merges(run, trained_now="train" in names)
+    if "evaluate" in names:
+        check_task_files(config)
 
 
 def _check_merges(run: Run, *, trained_now: bool) -> None:

@@ -29,6 +29,7 @@ _STAGE_OF = {
     "scores": "evaluate",
     "scores-prompt": "evaluate",
     "scores-valid": "evaluate",
+    "tasks": "evaluate",
     "export": "export",
 }
 

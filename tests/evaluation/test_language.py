@@ -78,6 +78,16 @@ def test_prompts_that_do_not_fit_lose_their_beginning_and_are_counted():
         model.generate_until(["A"], until=[], max_new_tokens=32)
 
 
+@needs_data
+def test_many_short_questions_of_one_length_are_answered_in_several_batches():
+    model = open_language_model(STORIES, context=512, batch_tokens=256)
+    asked = []
+    model._on_batch = asked.append
+    pairs = [("A cat", " sat"), ("A cat", " ran")] * 20
+    answers = model.loglikelihood(pairs)
+    assert sum(asked) == 40 and len(asked) == 10 and len(set(answers)) == 2
+
+
 class Oracle(LanguageModel):
     """Prefers the continuation that its list names, and generates the next of its texts."""
 
@@ -91,13 +101,27 @@ class Oracle(LanguageModel):
         return [self.texts.pop(0) for _ in prompts]
 
 
+class Lengthy(Oracle):
+    """Pays 2 nats for a short option and 3 for a long one."""
+
+    def __init__(self):
+        super().__init__([])
+
+    def loglikelihood(self, pairs):
+        return [Answer(-2.0 - (len(continuation) > 4), True, 1) for _, continuation in pairs]
+
+
 def test_local_files_of_every_form_are_scored(tmp_path):
     letters = tmp_path / "letters.jsonl.gz"
     rows = [{"question": "Q", "options": ["A", "B"], "label": [label]} for label in "ABBB"]
     with gzip.open(letters, "wt") as file:
         file.write("\n".join(map(json.dumps, rows)))
+    rows = [{"question": "Q", "options": ["A", "a long one"], "label": "a long one"}]
+    letters.with_name("long.jsonl").write_text(json.dumps(rows[0]))
     assert run_local(Oracle(["B"]), letters)["accuracy"] == 0.75
     assert run_local(Oracle(["B"]), letters, fewshot=1)["accuracy"] == 1.0
+    found = run_local(Lengthy(), letters.with_name("long.jsonl"))
+    assert (found["accuracy"], found["accuracy_per_byte"]) == (0.0, 1.0)
     exact = tmp_path / "bbh.json"
     exact.write_text(json.dumps({"examples": [{"input": "1", "target": "True"}, {"input": "2", "target": "(B)"}]}))
     assert run_local(Oracle([], [" True", " So the answer is (B)."]), exact)["accuracy"] == 1.0

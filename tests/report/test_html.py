@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fusejax.errors import InputError
-from fusejax.report import build_report
+from fusejax.report import accuracy_table, build_report
 from fusejax.report.plots import colour_of, plot_shares, plot_training
 
 RESULT = {
@@ -71,6 +71,14 @@ def test_the_spread_over_documents_has_its_tables(tmp_path):
         assert said in text and said not in Page(plain.read_text()).text
     pictures = [place / "plots" / "bits_per_byte.png" for place in (plain.parent, path.parent)]
     assert pictures[0].read_bytes() != pictures[1].read_bytes(), "error bars are drawn"
+
+
+def test_tasks_have_their_table(tmp_path):
+    tasks = {"target": {"a<b.json": {"accuracy": 0.25, "stderr": 0.125, "examples": 12}}, "fused": {}}
+    text = build_report(tmp_path, RESULT | {"tasks": tasks}).read_text()
+    assert "a&lt;b.json" in text and "0.250 ± 0.125" in Page(text).text
+    assert accuracy_table(tasks).splitlines()[2:] == ["| target | 0.250 ± 0.125 |", "| fused |  |"]
+    assert accuracy_table({"target": {}}) == ""
 
 
 def test_a_full_report_is_one_page_with_its_pictures_inside(tmp_path, metrics):

@@ -75,6 +75,29 @@ def test_one_more_merge_makes_only_itself_and_its_scores(root):
     assert _stamps(root) == after
 
 
+def test_every_model_answers_the_tasks_of_the_run_once(root):
+    options = ["the cat", "a dog", "two hills"]
+    rows = [{"question": "it rained while", "options": options, "label": label} for label in options * 3]
+    task = root / "choice.jsonl"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    evaluate = {"context": 32, "batch_tokens": 128, "tasks": [str(task)], "task_limit": 6}
+    run_stages(_config(root, evaluate=evaluate), ("evaluate",))
+    result = json.loads((root / "run" / "result.json").read_text())
+    assert list(result["tasks"]) == ["source:a", "target", "fused", "mixed", "merged-linear", "ta"]
+    assert "accuracy" in result["table"]
+    for found in result["tasks"].values():
+        # The same question with each answer in turn: whatever the model prefers, it is right in a third of them.
+        values = found[str(task)]
+        assert (values["examples"], values["accuracy"], values["accuracy_per_byte"]) == (6, 1 / 3, 1 / 3)
+    before = _stamps(root)
+    run_stages(_config(root, evaluate=evaluate), ("evaluate",))
+    assert _stamps(root) == before
+    with pytest.raises(InputError, match=r"has 9 examples, evaluate\.task_fewshot shows 9"):
+        run_stages(_config(root, evaluate=evaluate | {"task_fewshot": 9}), ("evaluate",))
+    with pytest.raises(InputError, match="no task file at"):
+        run_stages(_config(root, evaluate=evaluate | {"tasks": ["none.jsonl"]}))
+
+
 def test_the_first_is_exported_or_the_one_that_is_named(root):
     for name, changes in (("ta", {"export": "ta"}), ("mixed", {"export": "mixed"}), ("merged-linear", {})):
         run_stages(_config(root, **changes), ("export",))
