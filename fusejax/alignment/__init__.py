@@ -7,6 +7,7 @@ from fusejax.alignment.masked import align_masked, mask_target, pair_stops, stop
 from fusejax.alignment.opening import Opening
 from fusejax.alignment.positions import align_positions
 from fusejax.alignment.report import DocumentReport, add_up, report_document, summary
+from fusejax.alignment.rivals import align_by_chunks, align_by_index
 from fusejax.alignment.transport import transport
 from fusejax.alignment.vocabulary import ByteVocabulary, coarse_map, event_groups, exact_map, padded_map
 
@@ -17,6 +18,8 @@ __all__ = [
     "DocumentReport",
     "Opening",
     "add_up",
+    "align_by_chunks",
+    "align_by_index",
     "align_document",
     "align_masked",
     "align_positions",

@@ -13,7 +13,7 @@ A stop token is a special token that templates choose (`<|im_end|>`, `</s>`): th
 (`pair_stops`), whatever their roles elsewhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -86,7 +86,13 @@ def trained_source(source: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def align_masked(
-    source: Mapping[str, Array], target: MaskedEncoding, vocab_map: VocabMap, *, doc_id: str = "", **options: Any
+    source: Mapping[str, Array],
+    target: MaskedEncoding,
+    vocab_map: VocabMap,
+    *,
+    doc_id: str = "",
+    align: Callable[..., AlignedDocument] = align_document,
+    **options: Any,
 ) -> AlignedDocument:
     """Carries one captured, masked document to the target's positions and symbols.
 
@@ -95,7 +101,8 @@ def align_masked(
       target: the same document encoded by the target, with `spans` [N].
       vocab_map: symbols of both vocabularies, stop tokens paired.
       doc_id: for messages and the report.
-      options: of `align_document`.
+      align: `align_document`, or what takes the same arguments.
+      options: of `align`.
 
     Returns:
       The aligned record of N positions, with `mask` [N]; its source arrays hold trained positions only.
@@ -112,7 +119,7 @@ def align_masked(
     ends = target.byte_ends[ours] + own
     encoding = _Part(target.tokens[ours], target.labels[ours], ends, target.n_bytes)
     begins = ends[np.flatnonzero(np.diff(own, prepend=-1))]
-    aligned = align_document(part, encoding, vocab_map, doc_id=doc_id, begins=begins, **options)
+    aligned = align(part, encoding, vocab_map, doc_id=doc_id, begins=begins, **options)
     arrays = _spread(aligned.arrays, target, ours)
     if "chain_logprob" in arrays:
         arrays["chain_logprob"][~_contiguous(target.spans, source["spans"], ours, theirs, ends, part)] = -np.inf

@@ -27,6 +27,7 @@ from fusejax.config.stages import (
 from fusejax.errors import InputError, nearest
 
 _ENSEMBLES = ("ensemble", "ensemble-weighted", "ensemble-top1")  # rows of the table
+_RIVALS = {"uld": "index", "alm": "chunks"}  # divergence: what it needs of the alignment
 
 
 class RunConfig(Config):
@@ -125,6 +126,21 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _order_of_pretraining(self) -> "RunConfig":
         pretrained_in_order((self.target, *self.sources))
+        return self
+
+    @model_validator(mode="after")
+    def _whole_logits(self) -> "RunConfig":
+        whole = "capture.top_k all" if self.capture.top_k == "all" else None
+        positions, divergence = self.align.positions, self.loss.divergence
+        if divergence in _RIVALS or positions in _RIVALS.values():
+            if _RIVALS.get(divergence) != positions:
+                pairs = ", ".join(f"loss.divergence {a} with align.positions {b}" for a, b in _RIVALS.items())
+                raise ValueError(
+                    f"a rival's loss and its alignment need each other: {pairs}; got {divergence}, {positions}"
+                )
+            whole = f"loss.divergence {divergence}"
+        if whole and (self.mesh.tensor > 1 or self.loss.logits_dtype != "float32"):
+            raise ValueError(f"{whole} is trained from whole logits: set mesh.tensor 1 and loss.logits_dtype float32")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,7 +23,10 @@ from fusejax.config.base import NAME, Config
 class CaptureConfig(Config):
     """Running the sources over the corpus."""
 
-    top_k: int = Field(default=10, ge=1, le=1024, description="Entries stored per position.")
+    top_k: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = Field(
+        default=10,
+        description="Entries stored per position; all: the whole vocabulary, for comparisons at small ones.",
+    )
     context: int = Field(default=2048, ge=2, description="Tokens per window; cut to the model's own limit.")
     batch_tokens: int = Field(default=16384, ge=1, description="Tokens per forward call.")
     codec: Literal["compact", "float16", "float32"] = Field(
@@ -44,6 +47,10 @@ class CaptureConfig(Config):
             values = {("codec" if key == "dtype" else key): value for key, value in values.items()}
         return values
 
+    def entries(self, vocab_size: int) -> int:
+        """Entries per position of a model with this vocabulary."""
+        return vocab_size if self.top_k == "all" else min(self.top_k, vocab_size)
+
     @property
     def dtype(self) -> str:
         """The dtype of log-probabilities as a reader of the store sees them."""
@@ -53,8 +60,10 @@ class CaptureConfig(Config):
 class AlignConfig(Config):
     """Carrying distributions to the target's tokenizer."""
 
-    positions: Literal["bytes", "dtw"] = Field(
-        default="bytes", description="Pair positions by bytes, or tokens by dynamic time warping as in the papers."
+    positions: Literal["bytes", "dtw", "index", "chunks"] = Field(
+        default="bytes",
+        description="Pair positions by bytes, tokens by dynamic time warping as in the papers; for the rivals' losses "
+        "by their number (uld), or chunks of text (alm).",
     )
     vocabulary: Literal["coarse", "exact", "min_ed", "statistics"] = Field(
         default="coarse",
@@ -82,8 +91,10 @@ class AlignConfig(Config):
             raise ValueError("vocabulary statistics counts tokens that were aligned as strings: set positions dtw")
         if self.reference_bugs and self.positions != "dtw":
             raise ValueError("reference_bugs are those of the papers' alignment: set positions dtw")
-        if self.positions == "dtw" and (self.chain or self.conditioned):
+        if self.positions != "bytes" and (self.chain or self.conditioned):
             raise ValueError("chain and conditioned need positions bytes")
+        if self.positions in ("index", "chunks") and self.vocabulary != "exact":
+            raise ValueError(f"positions {self.positions} compares no tokens: set vocabulary exact, for the report")
         return self
 
 
@@ -111,7 +122,13 @@ class LossConfig(Config):
 
     clm_weight: float = Field(default=0.9, ge=0, description="Weight of the causal language modelling loss.")
     fusion_weight: float = Field(default=0.1, ge=0, description="Weight of the divergence.")
-    divergence: Literal["kl", "ce", "reverse_kl", "jsd"] = Field(default="kl", description="Divergence to the target.")
+    unsupervised: Literal["clm", "none"] = Field(
+        default="clm",
+        description="What takes the divergence's weight where there is no distribution; none: as in the papers.",
+    )
+    divergence: Literal["kl", "ce", "reverse_kl", "jsd", "uld", "alm"] = Field(
+        default="kl", description="Divergence to the target; uld and alm are the rivals', at small vocabularies."
+    )
     tail: Literal["bucket", "renormalize", "zero"] = Field(
         default="bucket", description="What the mass outside top-k does."
     )
@@ -127,6 +144,8 @@ class LossConfig(Config):
     def _possible(self) -> "LossConfig":
         if self.divergence == "reverse_kl" and self.tail != "bucket":
             raise ValueError(f"divergence reverse_kl is infinite without a rest: it needs tail bucket, got {self.tail}")
+        if self.divergence == "alm" and self.tail != "bucket":
+            raise ValueError(f"divergence alm compares chunks and has no tail: leave tail at bucket, got {self.tail}")
         return self
 
 

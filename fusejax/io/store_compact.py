@@ -179,7 +179,7 @@ def _ranks(arrays: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray | No
 def _distances(realised: np.ndarray, ranks: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N] int8 steps from the decoded entry to what was realised, and the others as float16."""
     flat = logprobs.reshape(len(ranks), -1)
-    decoded = flat[np.arange(len(ranks)), np.minimum(ranks, flat.shape[1] - 1)]
+    decoded = flat[np.arange(len(ranks)), np.minimum(ranks.astype(np.intp), flat.shape[1] - 1)]
     with np.errstate(invalid="ignore"):
         steps = np.rint((realised.astype(np.float32) - decoded) * np.float32(1 / _STEP))
         near = (ranks != _MISSED) & (np.abs(steps) < -_SPELT)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from fusejax.errors import InputError
 from fusejax.losses.events import count_folded, expand_events
+from fusejax.losses.weights import batch_metrics, position_weights, supervision_masks
 from fusejax.types import EventGroups, FusionBatch, TopK
 from pallas_kernels.fused_softmax_kl import (
     LinearOptions,
@@ -27,7 +28,6 @@ from pallas_kernels.fused_softmax_kl import (
     chunk_tokens,
     linear_loss_and_gradients,
     merge_duplicates,
-    rest_floored,
 )
 
 __all__ = ["accelerator_chunk", "batch_fusion_loss"]
@@ -181,47 +181,6 @@ def _put(tree: Any, place: _Placement, spec: P) -> Any:
     return jax.tree.map(lambda x: jax.sharding.reshard(x, sharding), tree)
 
 
-def _masks_and_weights(batch: FusionBatch, clm_weight: Any, fusion_weight: Any, count: Any) -> tuple[tuple, tuple]:
-    """Returns ((clm [B, T], kl [B, T, M]) masks, the same shape of weights), normalised by `count`."""
-    trained = batch.mask != 0
-    mass = (batch.targets.logprobs > -jnp.inf).any(axis=-1)
-    kl_mask = trained[..., None] & (batch.partition >= 0) & (batch.weights != 0) & mass
-    supervised = kl_mask.any(axis=-1)
-    scale = jnp.where(trained, batch.mask / count, 0.0)
-    clm = scale * jnp.where(supervised, clm_weight, clm_weight + fusion_weight)
-    kl = jnp.where(kl_mask, scale[..., None] * fusion_weight * batch.weights, 0.0)
-    return (trained, kl_mask), jax.lax.stop_gradient((clm.astype(jnp.float32), kl.astype(jnp.float32)))
-
-
-def _metrics(out: tuple, folded: Array, masks: tuple, batch: FusionBatch, sources: int) -> dict[str, Array]:
-    clm, kl = out
-    tokens = masks[0].sum(dtype=jnp.float32)
-    supervised = masks[1].any(axis=-1).sum(dtype=jnp.float32)
-    fusion = jnp.where(masks[1], kl * batch.weights, 0.0).sum()
-    rest = batch.targets.residual_logprob
-    per_source = _per_source(kl, masks[1], batch, supervised, sources) if sources and kl.shape[-1] else {}
-    return per_source | {
-        "clm_nats": clm.sum() / jnp.maximum(tokens, 1.0),
-        "fusion_nats": fusion / jnp.maximum(supervised, 1.0),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "floored_rests": rest_floored(rest, masks[1]).sum(dtype=jnp.float32),
-        "folded_events": jnp.where(masks[1].any(axis=-1), folded, 0).sum(dtype=jnp.float32),
-    }
-
-
-def _per_source(kl: Array, mask: Array, batch: FusionBatch, supervised: Array, sources: int) -> dict[str, Array]:
-    """What each row of the group tables supervises, [S]; the comparison [B, T, M, S] is summed as it is made."""
-    own = mask[..., None] & (batch.partition[..., None] == jnp.arange(sources, dtype=jnp.int32))
-    nats, weights = (jnp.where(own, x[..., None], 0.0).sum(axis=(0, 1, 2)) for x in (kl, batch.weights))
-    positions = own.sum(axis=(0, 1, 2), dtype=jnp.float32)
-    return {
-        "source_nats": nats / jnp.maximum(positions, 1.0),
-        "source_tokens": positions,
-        "source_share": weights / jnp.maximum(supervised, 1.0),
-    }
-
-
 def accelerator_chunk(tokens: int, vocab: int) -> int:
     """Returns how many tokens' logits an accelerator holds at once, of `tokens` and `vocab` on one device."""
     return chunk_tokens(tokens, vocab)
@@ -235,6 +194,7 @@ def batch_fusion_loss(
     *,
     clm_weight: float | Array = 0.9,
     fusion_weight: float | Array = 0.1,
+    unsupervised: str = "clm",
     head_layout: str = "dv",
     max_members: int = 256,
     denominator: float | Array | None = None,
@@ -245,7 +205,7 @@ def batch_fusion_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns `clm_weight * CLM + fusion_weight * sum_m weights_m * divergence_m` over the trained tokens.
 
-    A position without a distribution takes CLM with weight `clm_weight + fusion_weight`.
+    A position without a distribution takes CLM with weight `clm_weight + fusion_weight`; see `unsupervised`.
 
     Args:
       hidden: [B, T, D]; head: [D, V], or [V, D] with `head_layout="vd"`.
@@ -253,6 +213,7 @@ def batch_fusion_loss(
       groups: the partitions of the sources, stacked [S, ...]; None: every id is a token, `partition` >= 0 says
         that there is a distribution.
       clm_weight, fusion_weight: may be traced; a literal `fusion_weight=0` leaves out the divergence.
+      unsupervised: "none" leaves CLM at `clm_weight` where there is no distribution.
       max_members: slots for the members of one distribution's events; what does not fit joins the rest.
       denominator: trained tokens of the whole step over all its micro-batches and devices; None: of this batch.
       mesh: None: one device; else tokens are split over `token_axes`, the vocabulary over `vocab_axis`.
@@ -275,7 +236,8 @@ def batch_fusion_loss(
     place = _placement(mesh, token_axes, vocab_axis, hidden.shape[0], vocab)
     settings = settings._replace(vocab_axis=place.vocab_axis)
     count = jnp.maximum((batch.mask != 0).sum(dtype=jnp.float32), 1.0) if denominator is None else denominator
-    masks, weights = _masks_and_weights(batch, clm_weight, fusion_weight, count)
+    masks = supervision_masks(batch)
+    weights = position_weights(batch, masks, clm_weight, fusion_weight, count, unsupervised=unsupervised)
     rows, masks, weights = _put(
         (_Rows(batch.labels, batch.targets, batch.partition), masks, weights), place, place.tokens()
     )
@@ -284,4 +246,6 @@ def batch_fusion_loss(
     result: Any = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
     loss, out, folded = result
     sources = 0 if groups is None else groups.offsets.shape[0]
-    return loss, jax.lax.stop_gradient(_metrics(out, folded, masks, batch, sources))
+    return loss, jax.lax.stop_gradient(
+        batch_metrics(out, folded, masks, batch, batch.targets.residual_logprob, sources)
+    )

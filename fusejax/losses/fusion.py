@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fusejax.losses.clm import clm_loss
 from fusejax.losses.divergence import topk_divergence
+from fusejax.losses.weights import spare_weight
 from fusejax.types import TopK
 
 __all__ = ["fusion_loss"]
@@ -27,13 +28,15 @@ def fusion_loss(
     *,
     clm_weight: float | Array = 0.9,
     fusion_weight: float | Array = 0.1,
+    unsupervised: str = "clm",
     softcap: float | None = None,
     valid_vocab: int | None = None,
     **divergence_options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns `clm_weight * CLM + fusion_weight * divergence`, the mean over the masked-in positions.
 
-    A position whose targets carry no mass (all logprobs -inf) takes CLM with `clm_weight + fusion_weight`.
+    A position whose targets carry no mass (all logprobs -inf) takes CLM with `clm_weight + fusion_weight`, or with
+    `unsupervised="none"` with `clm_weight` alone.
 
     Args:
       logits: [B, T, V]; labels: [B, T] int32, already the next token.
@@ -54,7 +57,8 @@ def fusion_loss(
     clm = clm_loss(logits, labels, trained, **head)
     fusion = topk_divergence(logits, targets, supervised, **head, **divergence_options)
     scale = jnp.where(trained, mask, 0.0).astype(jnp.float32)
-    each = clm * jnp.where(supervised, clm_weight, clm_weight + fusion_weight) + fusion * fusion_weight
+    alone = spare_weight(clm_weight, fusion_weight, unsupervised)
+    each = clm * jnp.where(supervised, clm_weight, alone) + fusion * fusion_weight
     tokens, count = scale.sum(), supervised.sum(dtype=jnp.float32)
     metrics = {
         "clm_nats": clm.sum() / jnp.maximum(trained.sum(), 1),

@@ -16,6 +16,8 @@ from fusejax.alignment import (
     AlignedDocument,
     Conditioner,
     Opening,
+    align_by_chunks,
+    align_by_index,
     align_document,
     align_masked,
     pair_stops,
@@ -31,6 +33,7 @@ from fusejax.stages.align_papers import min_ed_vocabulary_map, parity_of
 from fusejax.stages.compare import first_bytes, vocabulary_map
 from fusejax.types import VocabMap
 
+_RIVALS = {"index": align_by_index, "chunks": align_by_chunks}
 # A captured record, the document as the target reads it, and whether it is a conversation.
 AlignRecord = Callable[[Record, EncodedDocument, bool], AlignedDocument]
 
@@ -55,6 +58,9 @@ def choose_method(
     """
     ours, theirs, name = source.tokenizer, target.tokenizer, options.vocabulary
     stops = _stops(source, target, documents)
+    if options.positions in _RIVALS:
+        vocab_map = vocabulary_map("exact", ours, theirs, ())
+        return vocab_map, partial(_align_rival, _RIVALS[options.positions], vocab_map, dtype=dtype)
     if ours.fingerprint == theirs.fingerprint:  # a tokenizer with itself needs neither strings nor counts
         name = name if name == "coarse" else "exact"
     elif options.positions == "dtw":
@@ -85,6 +91,28 @@ def choose_method(
         )
 
     return plain, align_record
+
+
+def _align_rival(
+    align: Callable[..., AlignedDocument],
+    vocab_map: VocabMap,
+    record: Record,
+    encoded: EncodedDocument,
+    is_chat: bool,
+    *,
+    dtype: str,
+) -> AlignedDocument:
+    """Aligns one document for a rival's loss; conversations and trained spans by their trained positions."""
+    masked = is_chat or encoded.spans is not None or "spans" in record.arrays
+    return (partial(align_masked, align=align) if masked else align)(
+        record.arrays,
+        encoded,
+        vocab_map,
+        n_bytes=int(record.header["n_bytes"]),
+        dtype=dtype,
+        exact=encoded.exact and record.header.get("exact", True),
+        doc_id=record.doc_id,
+    )
 
 
 def _tools(

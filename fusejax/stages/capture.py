@@ -17,7 +17,7 @@ from fusejax.io.tokenizers import check_vocabulary
 from fusejax.parallel.processes import is_first, process_count
 from fusejax.sources.capture import capture_shard, record_of
 from fusejax.sources.open import Source, describe_source, jax_score, open_source
-from fusejax.stages.capture_size import documents_per_shard
+from fusejax.stages.capture_size import documents_per_shard, nominal_entries
 from fusejax.stages.context import Run, finished
 from fusejax.stages.import_distributions import content_of, import_distributions
 from fusejax.stages.together import close_together, own_mesh, own_shards, shared_writer
@@ -91,7 +91,8 @@ def _shard_size(run: Run) -> int:
     if options.shard_size is not None:
         return options.shard_size
     text = read_manifest(run.corpus_dir, kind="corpus").facts["splits"]["train"]
-    return documents_per_shard(text["documents"], text["bytes"], top_k=options.top_k, codec=options.codec)
+    entries = nominal_entries(run)
+    return documents_per_shard(text["documents"], text["bytes"], top_k=entries, codec=options.codec)
 
 
 def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Callable[..., Any], int]:
@@ -99,7 +100,7 @@ def _open(run: Run, ref: ModelRef, source: Source, *, context: int) -> tuple[Cal
     tokenizer, options = run.tokenizer(ref), run.config.capture
     if source.vocab_size is not None:
         check_vocabulary(tokenizer, source.vocab_size, str(source.directory))
-    sizes = {"top_k": min(options.top_k, tokenizer.vocab_size), "valid_vocab": tokenizer.vocab_size}
+    sizes = {"top_k": options.entries(tokenizer.vocab_size), "valid_vocab": tokenizer.vocab_size}
     if source.backend == "jax":
         model, mesh = run.model(ref, compute_dtype=options.compute_dtype), run.config.mesh.model_dump()
         return jax_score(model, **sizes, mesh=own_mesh(mesh)), _row_multiple(mesh)
@@ -133,7 +134,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
             captured = capture_shard(
                 score,
                 encoded,
-                top_k=min(options.top_k, tokenizer.vocab_size),
+                top_k=options.entries(tokenizer.vocab_size),
                 context=context,
                 batch_tokens=settings["batch_tokens"],
                 row_multiple=row_multiple,

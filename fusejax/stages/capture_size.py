@@ -4,7 +4,7 @@ The corpus' bytes times the positions per byte of a sample times the size of a r
 compact record depends on how well the source predicts the text; the figure here is that of small English models.
 """
 
-__all__ = ["documents_per_shard", "predicted_bytes", "store_bytes"]
+__all__ = ["documents_per_shard", "nominal_entries", "predicted_bytes", "store_bytes"]
 
 from collections.abc import Sequence
 
@@ -36,6 +36,12 @@ def documents_per_shard(documents: int, n_bytes: int, *, top_k: int, codec: str)
     width = _ENTRY_BYTES[codec] * top_k + _SIDE_BYTES[codec]
     record = n_bytes / max(documents, 1) / _BYTES_PER_POSITION * width + _RECORD_BYTES[codec]
     return max(1, min(round(_SHARD_BYTES / record), _MOST_DOCUMENTS))
+
+
+def nominal_entries(run: Run) -> int:
+    """Returns the entries per position for which shards are cut, of all sources alike: of `all`, the target's."""
+    options = run.config.capture
+    return options.top_k if options.top_k != "all" else run.tokenizer(run.config.target).vocab_size
 
 
 def store_bytes(positions: Sequence[float], *, top_k: int, vocab_size: int, codec: str, shard_size: int) -> int:
@@ -73,9 +79,9 @@ def predicted_bytes(run: Run, ref: ModelRef, documents: Sequence[Document], *, t
     options = run.config.capture
     return store_bytes(
         [size * rate for size in sizes],
-        top_k=options.top_k,
+        top_k=options.entries(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,
         codec=options.codec,
         shard_size=options.shard_size
-        or documents_per_shard(len(sizes), sum(sizes), top_k=options.top_k, codec=options.codec),
+        or documents_per_shard(len(sizes), sum(sizes), top_k=nominal_entries(run), codec=options.codec),
     )

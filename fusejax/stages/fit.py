@@ -7,6 +7,7 @@ __all__ = [
     "Optimization",
     "fit",
     "loss_function",
+    "loss_options",
     "own_batch_rows",
     "peak_share",
     "placement",
@@ -32,6 +33,7 @@ from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of, write_json
 from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
+from fusejax.losses.whole import batch_whole_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
 from fusejax.models.flops import flops_per_token
 from fusejax.parallel import batch_sharding, is_first, make_mesh, own_rows, param_shardings, process_count
@@ -102,7 +104,7 @@ def fit(
       loader: batches; batch n belongs to update n.
       directory: checkpoints, metrics.jsonl.
       optimization: optimiser and schedule.
-      loss: options of `batch_fusion_loss`.
+      loss: see `loss_function`.
       groups: event groups, one row per source; None without fusion.
       identity: what determines the result; another one than last time starts afresh, saying so.
       sources: a name for each row of `groups`, for the metrics.
@@ -203,17 +205,38 @@ def peak_share(
     return lambda values: {"peak_share": values["tokens_per_second"] * per_token / peak}
 
 
+def loss_options(config: RunConfig) -> dict[str, Any]:
+    """What `loss_function` needs of a configuration to train on its fused distributions."""
+    whole = config.capture.top_k == "all" or config.loss.divergence in ("uld", "alm")
+    return config.loss.model_dump(mode="json") | {"whole": whole}
+
+
 def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping[str, Any], mesh: Any) -> Any:
-    """Returns `(params, batch, denominator) -> (loss, metrics)` for `make_train_step`."""
+    """Returns `(params, batch, denominator) -> (loss, metrics)` for `make_train_step`.
+
+    Args:
+      config: the model.
+      groups: see `batch_fusion_loss`.
+      loss: its options; `whole` is set where it must be computed from whole logits.
+      mesh: of the arrays.
+    """
+    options = dict(loss)
+    compute = batch_fusion_loss
+    if options.pop("whole", False):
+        compute, options = batch_whole_loss, _without(options, "max_members", "logits_dtype")
 
     def loss_fn(params: Any, batch: Any, denominator: Any) -> Any:
         hidden = hidden_states(params, config, batch.tokens, batch.positions, batch.segment_ids, mesh=mesh)
         head, layout = head_kernel(params, config)
         head = head.astype(hidden.dtype)
-        divergence = partial(batch_fusion_loss, head_layout=layout, denominator=denominator, mesh=mesh, **loss)
+        divergence = partial(compute, head_layout=layout, denominator=denominator, mesh=mesh, **options)
         return divergence(hidden, head, batch, groups)
 
     return loss_fn
+
+
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def placement(

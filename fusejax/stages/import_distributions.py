@@ -131,7 +131,7 @@ def attached_record(
     sparse, known = given
     encoded = _same_tokens(document, encoded, sparse, tokenizer)
     ids, logprobs = np.asarray(sparse.ids), np.where(sparse.ids >= 0, sparse.logprobs, -np.inf).astype(np.float64)
-    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : settings["top_k"]]
+    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : None if settings["top_k"] == "all" else settings["top_k"]]
     mass = np.exp(logprobs).sum(axis=1)
     if not np.isfinite(mass).all() or mass.max(initial=0) > 1 + _OVERFULL or ids.max(initial=0) >= tokenizer.vocab_size:
         raise InputError(
@@ -140,7 +140,8 @@ def attached_record(
         )
     with np.errstate(divide="ignore"):
         outside = known.get("residual_logprob", np.log(np.maximum(1 - mass, 0)))
-        rest = np.log(np.exp(outside) + mass - np.exp(np.take_along_axis(logprobs, order, 1)).sum(axis=1))
+        kept = np.exp(np.take_along_axis(logprobs, order, 1)).sum(axis=1)
+        rest = np.log(np.maximum(np.exp(outside) + mass - kept, 0))
     found = ids == np.asarray(encoded.labels)[:, None]
     missing = np.zeros(len(ids), bool) if "realised_logprob" in known else ~found.any(axis=1)
     realised = known.get("realised_logprob", np.where(found, logprobs, -np.inf).max(axis=1, initial=-np.inf))

@@ -39,7 +39,7 @@ def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int) -> dict[st
     text = tokens * BYTES_PER_TOKEN
     size = min(float(config.corpus.max_document_bytes), _DOCUMENT_BYTES)
     documents = max(1, round(text / size))
-    codec, top_k = config.capture.codec, config.capture.top_k
+    codec, top_k = config.capture.codec, config.capture.entries(model.vocab_size)
     shard = min(documents_per_shard(documents, int(text), top_k=top_k, codec=codec), documents)
 
     def store(entries: int) -> int:

@@ -29,7 +29,7 @@ from fusejax.losses.fused import accelerator_chunk
 from fusejax.models import ModelConfig, abstract_params
 from fusejax.parallel.device_kinds import DeviceKind
 from fusejax.parallel.hlo import Program, parse_program
-from fusejax.stages.fit import Optimization, loss_function, placement, schedule_and_optimizer
+from fusejax.stages.fit import Optimization, loss_function, loss_options, placement, schedule_and_optimizer
 from fusejax.stages.plan_targets import gpu_target, tpu_topology
 from fusejax.train.loop import state_shardings
 from fusejax.train.step import init_train_state, make_train_step
@@ -69,9 +69,9 @@ class Shape(NamedTuple):
             train.seq_len,
             train.accumulation,
             1 if fusion.method == "min_ce" else sources,
-            config.capture.top_k,
+            config.capture.entries(model.vocab_size),
             sources,
-            config.loss.model_dump(mode="json"),
+            loss_options(config),
             Optimization.of(config),
         )
 

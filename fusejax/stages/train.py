@@ -25,7 +25,7 @@ from fusejax.models import ModelConfig, score_tokens
 from fusejax.parallel import is_first, to_host
 from fusejax.stages.capture import chat_settings
 from fusejax.stages.context import Run, finished
-from fusejax.stages.fit import Optimization, fit, own_batch_rows, placement, widened
+from fusejax.stages.fit import Optimization, fit, loss_options, own_batch_rows, placement, widened
 from fusejax.stages.fuse import CHAINS, PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
@@ -53,7 +53,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
     loss: dict[str, Any] = config.loss.model_dump(mode="json")
     if not fusing:
         loss = {"clm_weight": config.loss.clm_weight + config.loss.fusion_weight, "fusion_weight": 0.0}
-    settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": loss}
+    settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": _said(loss)}
     settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
     settings |= {"memory": config.memory.model_dump(mode="json")}
     parents = {"target": run.fingerprint(config.target)}
@@ -90,7 +90,7 @@ def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
         loader,
         run.train_dir(arm),
         optimization=Optimization.of(config),
-        loss=loss,
+        loss=loss_options(config) if fusing else loss,
         groups=groups,
         sources=() if groups is None else _rows_of(run.fusion_sources(fusion), groups),
         identity=settings | parents,
@@ -165,6 +165,12 @@ def _rows_of(sources: list[str], groups: EventGroups) -> list[str]:
     return [*sources, CHAINS][: groups.offsets.shape[0]]
 
 
+def _said(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss's options as manifests have them: later ones only where they say something else than was always done."""
+    return {name: value for name, value in loss.items() if (name, value) not in _ALWAYS.items()}
+
+
+_ALWAYS = {"unsupervised": "clm"}
 _WITHOUT_EFFECT = {"baseline", "checkpoint_every", "evaluate_every", "log_every", "tensorboard"}
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "TokenLosses",
     "check_options",
     "clm_nats",
+    "divergence_sum",
     "event_divergence",
     "merge_duplicates",
     "rest_floored",
@@ -186,8 +187,16 @@ def _half_jsd_terms(log_p: Array, log_q: Array) -> Array:
     return 0.5 * (jnp.exp(log_p) * (log_p - middle) + _reverse_terms(middle, log_q))
 
 
-def _sum_terms(log_p: Array, rest: Array, log_q: Array, log_q_rest: Array, used: Array, options: tuple) -> Array:
-    divergence, tail = options
+def divergence_sum(
+    log_p: Array, rest: Array, log_q: Array, log_q_rest: Array, used: Array, *, divergence: str, tail: str
+) -> Array:
+    """Returns the divergence [...] in nats of events whose two log-probabilities are known.
+
+    Args:
+      log_p, log_q: [..., K] nats, target and model; finite where not `used` [..., K].
+      rest, log_q_rest: [...] nats of what is outside the events; -inf in `rest`: nothing.
+      divergence, tail: as in `event_divergence`.
+    """
     bucket = tail == "bucket"
     has_rest = rest > -jnp.inf
     log_p_rest = jnp.where(has_rest, rest, 0.0)
@@ -244,6 +253,6 @@ def event_divergence(
     event, log_p, rest, used = _clean_targets(event, logprobs, rest, mask, tail=tail)
     log_q = segment_logsumexp(z, event, mixed * k).reshape(tokens, mixed, k) - lse[:, None, None]
     log_q_rest = _log_rest(_logsumexp(jnp.where(used, log_q, -jnp.inf)))
-    total = _sum_terms(log_p, rest, jnp.where(used, log_q, 0.0), log_q_rest, used, (divergence, tail))
+    total = divergence_sum(log_p, rest, jnp.where(used, log_q, 0.0), log_q_rest, used, divergence=divergence, tail=tail)
     scale = temperature**2 if scale_by_temperature_squared else 1.0
     return scale * jnp.where(mask, total, 0.0)

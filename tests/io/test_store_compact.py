@@ -62,6 +62,16 @@ def _divergence(record, again):
         return np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum(1)
 
 
+@pytest.mark.parametrize(("entries", "vocab"), [(300, 400), (1500, 1500)])
+def test_records_of_hundreds_of_entries(entries, vocab):
+    record = _captured(np.random.default_rng(0), 20, entries, vocab=vocab)
+    again = _round_trip(record)
+    assert _divergence(record, again).max() < 5e-4
+    far = np.argmax(record.arrays["topk_ids"] == record.arrays["labels"][:, None], axis=1) > 255
+    assert far.any()  # labels whose rank does not fit the byte that ranks have
+    np.testing.assert_allclose(again.arrays["realised_logprob"], record.arrays["realised_logprob"], rtol=1e-3)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0.1, 12), st.integers(0, 2**32 - 1))
 def test_integers_are_exact_and_little_divergence_is_lost(positions, entries, spread, seed):
