@@ -177,6 +177,7 @@ class CorpusConfig(Config):
     chat_template: str | None = Field(
         default=None, description="Chat template of models that give none; None: the tokenizer's own."
     )
+    seed: int | None = Field(default=None, ge=0, description="Of the splits; None: the run's.")
     max_train_bytes: int | None = Field(default=None, ge=1, description="Cap on the bytes of training text per domain.")
     max_eval_bytes: int | None = Field(
         default=None, ge=1, description="Cap on the bytes of valid and of test, per domain."

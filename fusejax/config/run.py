@@ -1,6 +1,6 @@
 """A whole run: its configuration, read from YAML and written back."""
 
-__all__ = ["RunConfig", "load_config", "save_config"]
+__all__ = ["RunConfig", "explain", "load_config", "save_config"]
 
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,11 @@ class RunConfig(Config):
     @classmethod
     def _merges(cls, value: Any) -> Any:
         return listed(value)
+
+    @property
+    def split_seed(self) -> int:
+        """The seed of the corpus' splits."""
+        return self.seed if self.corpus.seed is None else self.corpus.seed
 
     @model_validator(mode="after")
     def _names_agree(self) -> "RunConfig":
@@ -153,7 +158,8 @@ class RunConfig(Config):
         return self
 
 
-def _explain(error: ValidationError, where: str) -> InputError:
+def explain(error: ValidationError, where: str, model: type[BaseModel] = RunConfig) -> InputError:
+    """What is wrong with a configuration, in the words of its file: one line per key, unknown ones with the nearest."""
     lines, found = [], error.errors()
     for item in found:
         path = ".".join(map(str, item["loc"]))
@@ -161,7 +167,7 @@ def _explain(error: ValidationError, where: str) -> InputError:
         if item["type"] == "too_short" and inner:
             continue  # the tuple is short only because its entries are wrong
         if item["type"] == "extra_forbidden":
-            known = _fields_at(RunConfig, item["loc"][:-1])
+            known = _fields_at(model, item["loc"][:-1])
             lines.append(f"{path}: unknown key.{nearest(str(item['loc'][-1]), known)} Known: {', '.join(known)}")
         else:
             secret = isinstance(item["input"], dict) or item["loc"][-1:] == ("url",)  # it may hold a password
@@ -203,7 +209,7 @@ def load_config(path: str | Path) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, str(path)) from error
+        raise explain(error, str(path)) from error
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -44,6 +44,10 @@ class TextSource(Config):
         default_factory=dict,
         description="Read only records with these values of their fields: {field: value} or {field: [value, ...]}.",
     )
+    folds: int = Field(default=1, ge=1, description="Deal the documents that `where` lets through into so many parts.")
+    fold: tuple[int, ...] = Field(
+        default=(), description="Parts to read, from 0: the n-th document is of part n mod folds."
+    )
     skip: int = Field(default=0, ge=0, description="Leave out the first documents, of those that `where` lets through.")
     limit: int | None = Field(default=None, ge=1, description="Read at most this many documents, after those skipped.")
     limit_bytes: int = Field(3_000_000, ge=1000, description="Bytes per domain of `embedded`.")
@@ -64,8 +68,11 @@ class TextSource(Config):
 
     @model_validator(mode="after")
     def _records_to_choose(self) -> "TextSource":
-        if self.path == "embedded" and (self.skip or self.where):
-            raise ValueError("skip and where choose records of files and datasets; `embedded` has none")
+        if self.path == "embedded" and (self.skip or self.where or self.fold):
+            raise ValueError("skip, where and fold choose records of files and datasets; `embedded` has none")
+        if (self.folds > 1) != bool(self.fold) or any(not 0 <= part < self.folds for part in self.fold):
+            got = f"folds {self.folds}, fold {list(self.fold)}"
+            raise ValueError(f"fold must name parts from 0 to folds - 1, got {got}")
         return self
 
     @field_validator("where")

@@ -47,7 +47,7 @@ class ReadCounts:
     documents: int = 0
     bytes: int = 0
     empty: int = 0
-    left_out: int = 0  # by `where` and `skip`
+    left_out: int = 0  # by `where`, `fold` and `skip`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ def read_documents(
     domain_field: str | None = "domain",
     split: str | None = None,
     where: Mapping[str, Any] | None = None,
+    folds: int = 1,
+    fold: Sequence[int] = (),
     skip: int = 0,
     limit: int | None = None,
     counts: ReadCounts | None = None,
@@ -91,6 +93,7 @@ def read_documents(
       domain_field: the field that holds the domain, where a record has it.
       split: for a dataset with several splits: which one.
       where: field -> the value, or a list of the values, that a record must have there to be read.
+      folds, fold: deal those into `folds` parts, one after another, and read the parts `fold`; all where it is empty.
       skip: leave out the first documents of those; limit: stop after this many more.
       counts: is filled while reading.
 
@@ -109,6 +112,8 @@ def read_documents(
     rows = _rows(source, format or _guess_format(source), split)
     if where:
         rows = _chosen(rows, where, counts)
+    if fold:
+        rows = _dealt(rows, folds, fold, counts)
     fields = Fields(text_field, spans_field, messages_field, tuple(prompt_fields), response_field)
     documents = _documents(rows, fields, id_field, domain_field, skip, counts)
     return itertools.islice(documents, limit)
@@ -124,6 +129,15 @@ def _chosen(rows: Iterator[_Row], where: Mapping[str, Any], counts: ReadCounts) 
                 hint = nearest(field, found)
                 raise InputError(f"{row.place}: `where` asks for field {field!r}; the fields are {found}.{hint}")
         if all(row.fields[field] in values for field, values in wanted.items()):
+            yield row
+        else:
+            counts.left_out += 1
+
+
+def _dealt(rows: Iterator[_Row], folds: int, fold: Sequence[int], counts: ReadCounts) -> Iterator[_Row]:
+    """The rows of some of `folds` parts: neighbours, such as chapters of one book, go to different ones."""
+    for number, row in enumerate(rows):
+        if number % folds in fold:
             yield row
         else:
             counts.left_out += 1

@@ -40,7 +40,7 @@ def planned_text(run: Run) -> PlannedText:
     if (run.corpus_dir / MANIFEST).is_file():
         return PlannedText(read_corpus(run.corpus_dir, "train"), 1.0, True)
     corpus, beginnings = run.config.corpus, _Beginnings()
-    chosen = select(read_text(corpus, open_source=beginnings.read), corpus, seed=run.config.seed, dropped=[0])
+    chosen = select(read_text(corpus, open_source=beginnings.read), corpus, seed=run.config.split_seed, dropped=[0])
     documents = [document for name, document in chosen if name == "train"]
     if corpus.max_train_bytes is not None:
         sample = Sample(corpus.max_train_bytes)

@@ -42,12 +42,13 @@ EMBEDDED = "embedded"  # as a path: text that the Python installation itself hol
 def prepare(run: Run) -> Manifest:
     """Makes the corpus of a run, or returns the manifest of the one that stands."""
     corpus = run.config.corpus
-    settings = {"corpus": _described(corpus), "seed": run.config.seed}
+    seed = run.config.split_seed
+    settings = {"corpus": _described(corpus), "seed": seed}
     done = finished(run.corpus_dir, kind="corpus", settings=settings, parents={})
     if done:
         return done
     run.replace_stale(run.corpus_dir)
-    return corpus_from_documents(run.corpus_dir, read_text(corpus), corpus, seed=run.config.seed, settings=settings)
+    return corpus_from_documents(run.corpus_dir, read_text(corpus), corpus, seed=seed, settings=settings)
 
 
 def read_text(
@@ -186,6 +187,8 @@ def read_source(source: TextSource, counts: ReadCounts | None = None) -> Iterato
         response_field=source.response_field,
         split=source.split,
         where=source.where,
+        folds=source.folds,
+        fold=source.fold,
         skip=source.skip,
         limit=source.limit,
         counts=counts,
@@ -200,7 +203,7 @@ def embedded_documents(max_bytes: int) -> dict[str, list[Document]]:
 
 def _described(corpus: CorpusConfig) -> dict[str, Any]:
     """What determines the documents: the configuration, with what files hold in place of where they lie."""
-    described = corpus.model_dump(mode="json", exclude={"chat_template"})
+    described = corpus.model_dump(mode="json", exclude={"chat_template", "seed"})
     for name in ("train", "valid", "test"):
         described[name] = described_sources(getattr(corpus, name))
     return described
@@ -211,9 +214,9 @@ def described_sources(sources: Sequence[TextSource]) -> list[dict[str, Any]]:
     described = [source.model_dump(mode="json") for source in sources]
     for entry in described:
         entry["path"] = _content(entry["path"])
-        for option in ("where", "skip"):
-            if not entry[option]:
-                del entry[option]
+        unchosen = [option for option in ("where", "fold", "skip") if not entry[option]]
+        for option in unchosen + ["folds"] * ("fold" in unchosen):
+            del entry[option]
     return described
 
 

@@ -37,6 +37,14 @@ def test_jsonl_plain_and_compressed_skip_and_count_empty_documents(tmp_path):
         assert counts == ReadCounts(documents=2, bytes=10 + 11, empty=2)
 
 
+def test_folds_deal_documents_out_and_share_none(tmp_path):
+    path = _write_jsonl(tmp_path / "d.jsonl", [{"id": str(i), "text": f"text {i}"} for i in range(10)])
+    counts = ReadCounts()
+    parts = [[d.id for d in read_documents(path, folds=4, fold=[part], counts=counts)] for part in range(4)]
+    assert parts == [["0", "4", "8"], ["1", "5", "9"], ["2", "6"], ["3", "7"]] and counts.left_out == 30
+    assert [d.id for d in read_documents(path, folds=4, fold=[0, 3], skip=1, limit=2)] == ["3", "4"]
+
+
 def test_jsonl_streams(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "good"}\nbroken\n')

@@ -22,7 +22,7 @@ def _run(root, *sources, **options):
     train = sources[0] if isinstance(sources[0], list) else [{"path": str(path)} for path in sources]
     corpus = CorpusConfig.model_validate({"train": train, "test_fraction": 0.3} | options)
     run = Run.__new__(Run)
-    run.config, run.directory = type("Config", (), {"corpus": corpus, "seed": 0})(), root
+    run.config, run.directory = type("Config", (), {"corpus": corpus, "split_seed": 0})(), root
     return run
 
 
