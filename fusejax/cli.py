@@ -42,6 +42,7 @@ COMMANDS = {
     "plan": _Command("plan", "Memory, speed, traffic and disk of a run, without weights or accelerators."),
     "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
     "report": _Command("report", "Write report.html and plots of a finished run."),
+    "experiments": _Command("experiments", "Run the arms of an experiment with several seeds, and compare them."),
     "verify": _Command("verify", "Check every checksum under a directory."),
     "launch": _Command("launch", "Start several processes of a command on this machine."),
     "env": _Command("env", "Versions, devices and memory, for a bug report."),
@@ -74,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     name, *rest = words
+    if name == "experiments":  # many trainings of one shape
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "fusejax", "xla"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}.{nearest(name, COMMANDS)}\n\n{_usage()}", 2)
     code, error = 1, None
@@ -122,7 +127,7 @@ def _run(name: str, rest: list[str]) -> None:
 
 def _watched(name: str) -> contextlib.AbstractContextManager[Any]:
     """Signals end what takes long in an orderly way; see `fusejax.train.faults`."""
-    if name not in (*_SHARED, "quickstart"):
+    if name not in (*_SHARED, "quickstart", "experiments"):
         return contextlib.nullcontext()
     from fusejax.train.faults import guarded
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fusejax.report.metrics import Series, smooth
 from fusejax.report.tables import BitsPerByte, layout
 
-__all__ = ["plot_alignment", "plot_bits_per_byte", "plot_shares", "plot_training"]
+__all__ = ["grid", "plot_alignment", "plot_bits_per_byte", "plot_shares", "plot_training", "save"]
 
 ROLES = {
     "target": "#9aa5b1",
@@ -56,7 +56,7 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
     if not panels:
         return None
     columns = _columns(len(panels))
-    figure, axes = _grid(len(panels), columns=columns, width=4.2, height=3.0)
+    figure, axes = grid(len(panels), columns=columns, width=4.2, height=3.0)
     for name, ax in zip(panels, axes, strict=True):
         for number, (arm, series) in enumerate(arms.items()):
             steps, values = series.get(name, ([], []))
@@ -72,7 +72,7 @@ def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
         ax.set_xlabel("optimiser step", fontsize=9)
         ax.grid(color=FAINT, linewidth=0.6)
     axes[0].legend(fontsize=9, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_bits_per_byte(results: BitsPerByte, path: Path, *, errors: BitsPerByte | None = None) -> Path | None:
@@ -90,7 +90,7 @@ def plot_bits_per_byte(results: BitsPerByte, path: Path, *, errors: BitsPerByte 
     if not columns:
         return None
     width = _columns(len(columns))
-    figure, axes = _grid(len(columns), columns=width, width=4.2, height=0.9 + 0.3 * len(rows))
+    figure, axes = grid(len(columns), columns=width, width=4.2, height=0.9 + 0.3 * len(rows))
     largest = max((results[model].get(c, 0.0) for model, _ in rows for c in columns), default=1.0)
     for index, (column, ax) in enumerate(zip(columns, axes, strict=True)):
         values = [results[model].get(column) for model, _ in rows]
@@ -101,7 +101,7 @@ def plot_bits_per_byte(results: BitsPerByte, path: Path, *, errors: BitsPerByte 
         ax.set_xlabel("bits per byte", fontsize=9)
         if index % width:
             ax.set_yticklabels([])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> Path | None:
@@ -119,7 +119,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
     if not shares:
         return None
     parts = list(dict.fromkeys(part for row in shares.values() for part in row))
-    figure, (ax,) = _grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
+    figure, (ax,) = grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
     left = [0.0] * len(shares)
     for number, part in enumerate(parts):
         colour = OUTCOMES.get(part) or ROLES.get(part) or SOURCES[number % len(SOURCES)]
@@ -142,7 +142,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title:
     ax.set_xlabel("per cent", fontsize=9)
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     figure.legend(fontsize=9, frameon=False, ncols=min(6, len(parts)), loc="outside lower center")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_alignment(
@@ -156,7 +156,7 @@ def plot_alignment(
         path: PNG file to write.
         agreement: share of aligned positions whose true next tokens have the same symbol.
     """
-    figure, (left, right) = _grid(2, columns=2, width=4.6, height=2.6)
+    figure, (left, right) = grid(2, columns=2, width=4.6, height=2.6)
     total = max(sum(outcomes.values()), 1)
     agree = outcomes.get("aligned", 0.0) * (agreement or 0.0)
     bars = {
@@ -172,7 +172,7 @@ def plot_alignment(
     right.set_title("Size of the true symbol's group (target tokens)", fontsize=10, color=INK, loc="left")
     for ax, what in ((left, "per cent of positions"), (right, "per cent of agreeing positions")):
         ax.set_xlabel(what, fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _percent_bars(ax: Axes, values: Mapping[str, float], colours: Sequence[str]) -> None:
@@ -207,7 +207,8 @@ def _columns(count: int) -> int:
     return 2 if count in (2, 4) else min(3, count)
 
 
-def _grid(count: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure of `count` plain axes; width and height of each in inches."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = []
@@ -220,7 +221,8 @@ def _grid(count: int, *, columns: int, width: float, height: float) -> tuple[Fig
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a PNG file without what would differ from run to run; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})

@@ -1,11 +1,12 @@
 """train: the target once per fusion, and once on CLM alone, all from the same start on the same tokens."""
 
-__all__ = ["train"]
+__all__ = ["train", "train_arm"]
 
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,14 +40,15 @@ from fusejax.types import EventGroups
 def train(run: Run) -> dict[str, Manifest]:
     """Trains every arm of the run; finished ones are skipped, interrupted ones go on."""
     arms = [fusion.name for fusion in run.fusions]
-    done = {arm: _train_arm(run, arm, run.fused_dir(arm)) for arm in arms}
+    done = {arm: train_arm(run, arm, run.fused_dir(arm)) for arm in arms}
     if run.config.train.baseline and run.only is None:
         # The baseline reads the first fusion's records, so that both see the same rows in the same order.
-        done["clm"] = _train_arm(run, "clm", run.fused_dir(arms[0]))
+        done["clm"] = train_arm(run, "clm", run.fused_dir(arms[0]))
     return done
 
 
-def _train_arm(run: Run, arm: str, fused_dir: Any) -> Manifest:
+def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
+    """Trains one arm on the records of `fused_dir`, `clm` without their distributions; a finished one is skipped."""
     config, options = run.config, run.config.train
     reader = RecordReader(fused_dir, kind="fused")
     fusing = arm != "clm"
