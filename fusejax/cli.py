@@ -41,7 +41,7 @@ COMMANDS = {
     "chat": _Command("chat", "Talk to a model in the terminal."),
     "plan": _Command("plan", "Memory, speed, traffic and disk of a run, without weights or accelerators."),
     "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
-    "report": _Command("report", "Write report.html and plots of a finished run."),
+    "report": _Command("report", "Write report.html and plots of a run, finished or not."),
     "experiments": _Command("experiments", "Run the arms of an experiment with several seeds, and compare them."),
     "verify": _Command("verify", "Check every checksum under a directory."),
     "launch": _Command("launch", "Start several processes of a command on this machine."),

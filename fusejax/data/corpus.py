@@ -345,6 +345,15 @@ class CorpusReader(Sequence[Document]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def places(self, ids: Iterable[str]) -> dict[str, int]:
+        """Returns the indices of documents by id, without making the others; ids that are not there are left out."""
+        wanted, found = set(ids), {}
+        for batch, end in zip(self._batches, self._ends, strict=True):
+            for row, name in enumerate(batch.column("id").to_pylist()):
+                if name in wanted:
+                    found[name] = end - batch.num_rows + row
+        return found
+
     @overload
     def __getitem__(self, index: int) -> Document: ...
     @overload

@@ -11,11 +11,11 @@ from typing import Any
 
 from fusejax.report.page import page, picture, section, table, write_page
 from fusejax.report.plots import plot_alignment
+from fusejax.report.spans import VISIBLE
 
 __all__ = ["build_alignment_report"]
 
 CONTEXT, LONGEST = 60, 240  # bytes around a span, bytes of a span that are shown
-VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀"})
 
 
 def build_alignment_report(

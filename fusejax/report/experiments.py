@@ -5,7 +5,8 @@ __all__ = ["plot_curves", "plot_differences"]
 from collections.abc import Mapping
 from pathlib import Path
 
-from fusejax.report.plots import FAINT, INK, grid, save
+from fusejax.report.plots import grid, save
+from fusejax.report.style import FAINT, INK
 
 _BETTER, _WORSE, _UNSURE = "#3a8f5f", "#b23a48", "#9aa5b1"
 _LINES = ("#2f6fb5", "#d9662b", "#3a8f5f", "#7d5ba6", "#b8a04a", "#b5658b", "#5aa7a7", "#335c67")

@@ -1,148 +1,116 @@
-"""The figures of a report, as PNG files drawn by matplotlib's Agg: no display, no browser, no global state.
+"""The figures of a report, as SVG files drawn by matplotlib: no display, no browser, no global state.
 
-Every axis says its unit, every bar its value. Series that a run did not record are left out, an empty figure
-is not written. Colours follow the role of a model, not its rank, so that two reports can be compared.
+One small figure per quantity, so that a page sets as many side by side as fit. Text stays text, in the reader's font;
+ink and grid follow the reader's light or dark. Series that a run did not record are left out, an empty figure is not
+written. Colours follow the role of a model, not its rank, so that two reports can be compared.
 """
 
-import zlib
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fusejax.report.metrics import Series, smooth
-from fusejax.report.tables import BitsPerByte, layout
+from fusejax.report.style import FAINT, FUSIONS, INK, THEME
 
-__all__ = ["grid", "plot_alignment", "plot_bits_per_byte", "plot_shares", "plot_training", "save"]
+__all__ = ["Curve", "curve_of", "grid", "plot_alignment", "plot_curves", "plot_dots", "save", "save_svg"]
 
-ROLES = {
-    "target": "#9aa5b1",
-    "clm": "#2f6fb5",
-    "fused": "#d9662b",
-    "merged": "#3a8f5f",
-    "ensemble": "#7d5ba6",
-}
-SOURCES = ("#b8a04a", "#5aa7a7", "#b5658b", "#7a7f45", "#6b7fb8", "#a06b4a")
-FUSIONS = ("#b23a48", "#8c5e58", "#e09f3e", "#335c67")  # further trained targets, by name
-OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0", "no distribution": "#cdd7e0"}
-PALE = frozenset({"dropped", "no distribution"})
-INK, FAINT = "#22303c", "#d5dbe1"
-
-# Series of metrics.jsonl -> the title of its panel.
-PANELS = {
-    "loss": "Loss (nats per token)",
-    "clm_nats": "Causal LM loss (nats per token)",
-    "fusion_nats": "Fusion loss (nats per supervised token)",
-    "eval/valid_bits_per_byte": "Held-out text (bits per byte)",
-    "grad_norm": "Gradient norm",
-    "learning_rate": "Learning rate",
-    "tokens_per_second": "Throughput (tokens per second)",
-}
-NOISY = frozenset(PANELS) - {"learning_rate", "eval/valid_bits_per_byte"}
+OUTCOMES = {"aligned": "#46637f", "conditioned": "#86a0b8", "dropped": "#cdd7e0"}
+WIDTH, HEIGHT = 3.7, 2.5  # inches of one figure
+MOST_POINTS = 600  # of a curve
 
 
-def plot_training(arms: Mapping[str, Series], path: Path) -> Path | None:
-    """Draws the training curves of several arms over the optimiser step, one panel per quantity.
+class Curve(NamedTuple):
+    """A series over the optimiser step, with its colour."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    colour: str
+
+
+def curve_of(series: Series, name: str, colour: str, *, scale: float = 1.0) -> Curve | None:
+    """Returns a recorded series as a curve; None where it was not recorded, or is a term that an arm does not have."""
+    steps, values = series.get(name, ([], []))
+    return Curve(steps, [scale * value for value in values], colour) if any(values) else None
+
+
+def plot_curves(curves: Mapping[str, Curve | None], path: Path, *, title: str, noisy: bool = True) -> Path | None:
+    """Draws curves over the optimiser step; noisy ones pale as recorded, dark as their moving average.
 
     Args:
-        arms: name of the training run -> its series, from `read_series`.
-        path: PNG file to write.
+        curves: name -> curve; None is left out.
+        path: SVG file to write.
+        title: what the values are, and their unit.
+        noisy: whether long curves are smoothed.
 
     Returns:
-        `path`, or None where no arm recorded any of the known quantities.
+        `path`, or None where there is no curve.
     """
-    panels = [name for name in PANELS if any(any(series.get(name, ([], []))[1]) for series in arms.values())]
-    if not panels:
+    drawn = {name: curve for name, curve in curves.items() if curve is not None}
+    if not drawn:
         return None
-    columns = _columns(len(panels))
-    figure, axes = grid(len(panels), columns=columns, width=4.2, height=3.0)
-    for name, ax in zip(panels, axes, strict=True):
-        for number, (arm, series) in enumerate(arms.items()):
-            steps, values = series.get(name, ([], []))
-            if not any(values):  # not recorded, or a term this arm does not have
-                continue
-            colour = colour_of(arm, number)
-            noisy = name in NOISY and len(values) > 20
-            ax.plot(steps, values, color=colour, alpha=0.22 if noisy else 1, linewidth=0.8 if noisy else 1.8)
-            if noisy:
-                ax.plot(steps, smooth(values, half_width=len(values) // 40), color=colour, linewidth=1.8)
-            ax.plot([], [], color=colour, linewidth=1.8, label=arm)
-        ax.set_title(PANELS[name], fontsize=10, color=INK, loc="left")
-        ax.set_xlabel("optimiser step", fontsize=9)
-        ax.grid(color=FAINT, linewidth=0.6)
-    axes[0].legend(fontsize=9, frameon=False)
-    return save(figure, path)
+    figure, ax = _figure(title)
+    for number, (steps, values, colour) in enumerate(drawn.values()):
+        smoothed = noisy and len(values) > 20
+        stride = -(-len(values) // MOST_POINTS)
+        wide = max(1.2, 2.8 - 0.8 * number)  # equal curves lie on each other: the lower is seen beside the upper
+        pale: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8} if smoothed else {"linewidth": wide}
+        marker = "o" if len(values) <= 2 else None
+        ax.plot(steps[::stride], values[::stride], color=colour, marker=marker, markersize=4, **pale)
+        if smoothed:
+            reach = max(2, len(values) // 20)
+            whole = slice(reach, -reach, stride)  # where the window is whole
+            ax.plot(steps[whole], smooth(list(values), half_width=reach)[whole], color=colour, linewidth=wide)
+    ax.set_xlabel("optimiser step", fontsize=8, color=INK)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if max(abs(y) for curve in drawn.values() for y in curve.values) >= 1000:
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    return save_svg(figure, path)
 
 
-def plot_bits_per_byte(results: BitsPerByte, path: Path, *, errors: BitsPerByte | None = None) -> Path | None:
-    """Draws bits per byte of every model, one panel of bars per domain, on one scale from zero.
+def plot_dots(
+    values: Mapping[str, float],
+    errors: Mapping[str, float],
+    path: Path,
+    *,
+    title: str,
+    colours: Mapping[str, str],
+    digits: int = 3,
+) -> Path | None:
+    """Draws one dot per model, with its value, and a line to both sides where its error is known.
 
     Args:
-        results: model -> domain -> bits per byte.
-        path: PNG file to write.
-        errors: standard errors in the same form, drawn as bars of two each way; a model or a domain may be missing.
+        values: model -> value; not all models need one.
+        errors: model -> length of the line on each side.
+        path: SVG file to write.
+        title: what the values are.
+        colours: of the models.
+        digits: decimals of the printed values.
 
     Returns:
-        `path`, or None without results.
+        `path`, or None without finite values.
     """
-    columns, rows = layout(results)
-    if not columns:
+    rows = [(name, value) for name, value in values.items() if math.isfinite(value)]
+    if not rows:
         return None
-    width = _columns(len(columns))
-    figure, axes = grid(len(columns), columns=width, width=4.2, height=0.9 + 0.3 * len(rows))
-    largest = max((results[model].get(c, 0.0) for model, _ in rows for c in columns), default=1.0)
-    for index, (column, ax) in enumerate(zip(columns, axes, strict=True)):
-        values = [results[model].get(column) for model, _ in rows]
-        widths = [2 * (errors or {}).get(model, {}).get(column, 0.0) for model, _ in rows]
-        _bars(ax, [model for model, _ in rows], values, texts=[cells[index][0] for _, cells in rows], widths=widths)
-        ax.set_xlim(0, largest * 1.18)
-        ax.set_title(column, fontsize=10, color=INK, loc="left")
-        ax.set_xlabel("bits per byte", fontsize=9)
-        if index % width:
-            ax.set_yticklabels([])
-    return save(figure, path)
+    figure, ax = _figure(title, height=0.75 + 0.22 * len(rows))
+    for y, (name, value) in enumerate(rows):
+        ax.errorbar(value, y, xerr=errors.get(name), fmt="o", color=colours[name], markersize=5, elinewidth=1.6)
+        ax.annotate(f"{value:.{digits}f}", (1.02, y), xycoords=("axes fraction", "data"), **_SMALL)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8, color=INK)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    return save_svg(figure, path)
 
 
-def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> Path | None:
-    """Draws parts of a whole as stacked bars: what became of positions, which source won.
-
-    Args:
-        shares: bar -> part -> count or share; each bar is scaled to 100 %. Bars that sum to zero are left out.
-        path: PNG file to write.
-        title: what the parts are parts of.
-
-    Returns:
-        `path`, or None where there is nothing to draw.
-    """
-    shares = {bar: parts for bar, parts in shares.items() if sum(parts.values()) > 0}
-    if not shares:
-        return None
-    parts = list(dict.fromkeys(part for row in shares.values() for part in row))
-    figure, (ax,) = grid(1, columns=1, width=8.4, height=1.5 + 0.38 * len(shares))
-    left = [0.0] * len(shares)
-    for number, part in enumerate(parts):
-        colour = OUTCOMES.get(part) or ROLES.get(part) or SOURCES[number % len(SOURCES)]
-        share = [100 * row.get(part, 0.0) / sum(row.values()) for row in shares.values()]
-        ax.barh(list(shares), share, left=left, height=0.66, color=colour, label=part)
-        for y, (start, length) in enumerate(zip(left, share, strict=True)):
-            if length >= 4:  # a narrower piece has no room for its number
-                ax.text(
-                    start + length / 2,
-                    y,
-                    f"{length:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color=INK if part in PALE else "white",
-                )
-        left = [start + length for start, length in zip(left, share, strict=True)]
-    ax.invert_yaxis()
-    ax.set_xlim(0, 100)
-    ax.set_xlabel("per cent", fontsize=9)
-    ax.set_title(title, fontsize=10, color=INK, loc="left")
-    figure.legend(fontsize=9, frameon=False, ncols=min(6, len(parts)), loc="outside lower center")
-    return save(figure, path)
+_SMALL = {"va": "center", "fontsize": 8, "color": INK, "annotation_clip": False}
 
 
 def plot_alignment(
@@ -183,41 +151,29 @@ def _percent_bars(ax: Axes, values: Mapping[str, float], colours: Sequence[str])
     ax.invert_yaxis()
 
 
-def colour_of(name: str, number: int) -> str:
-    """Returns the colour of a model: by role or name, so that figures agree; sources by their number."""
-    if name.startswith("source:"):
-        return SOURCES[number % len(SOURCES)]
-    return ROLES.get(name, FUSIONS[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(FUSIONS)])
+def _figure(title: str, *, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    ax = figure.add_subplot()
+    _bare(ax)
+    ax.set_title(title, fontsize=9, color=INK, loc="left")
+    ax.grid(color=FAINT, linewidth=0.6)
+    return figure, ax
 
 
-def _bars(
-    ax: Axes, names: Sequence[str], values: Sequence[float | None], *, texts: Sequence[str], widths: Sequence[float]
-) -> None:
-    colours = [colour_of(name, number) for number, name in enumerate(names)]
-    lengths = [value or 0.0 for value in values]
-    bars = {"xerr": widths, "error_kw": {"ecolor": INK, "elinewidth": 0.8, "capsize": 2}} if any(widths) else {}
-    ax.barh(range(len(names)), lengths, color=colours, height=0.66, **bars)
-    for y, (length, width, text) in enumerate(zip(lengths, widths, texts, strict=True)):
-        ax.text(length + width, y, f" {text}", va="center", fontsize=8, color=INK)
-    ax.set_yticks(range(len(names)), names, fontsize=9)
-    ax.invert_yaxis()
-
-
-def _columns(count: int) -> int:
-    return 2 if count in (2, 4) else min(3, count)
+def _bare(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
+    ax.set_axisbelow(True)
 
 
 def grid(count: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """Returns a figure of `count` plain axes; width and height of each in inches."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = []
-    for index in range(count):
-        ax = figure.add_subplot(rows, columns, index + 1)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(FAINT)
-        ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-        axes.append(ax)
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+    for ax in axes:
+        _bare(ax)
     return figure, axes
 
 
@@ -226,4 +182,23 @@ def save(figure: Figure, path: Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def save_svg(figure: Figure, path: Path) -> Path:
+    """Writes a figure whose ink and grid follow the reader's light or dark; the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusejax", "font.family": "sans-serif"}):
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    for colour, (variable, _) in THEME.items():
+        text = text.replace(colour, f"var({variable})")
+    light = "".join(f"{variable}:{colour};" for colour, (variable, _) in THEME.items())
+    dark = "".join(f"{variable}:{colour};" for variable, colour in THEME.values())
+    style = f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    text = text.replace("<defs>", f"{style}<defs>", 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     return path

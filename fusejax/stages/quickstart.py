@@ -23,6 +23,7 @@ from fusejax.io.tokenizers import load_tokenizer
 from fusejax.models import ModelConfig
 from fusejax.stages.command import Result, parser
 from fusejax.stages.context import Run, finished
+from fusejax.stages.durations import note_duration
 from fusejax.stages.fit import Optimization
 from fusejax.stages.lock import exclusive
 from fusejax.stages.prepare import embedded_documents, prepare, sample_documents
@@ -89,6 +90,7 @@ def _quickstart(run: Run, scale: Scale, seed: int, cache: Path) -> dict[str, Any
     for name, stage in STAGES.items():
         begin = time.monotonic()
         stage(run)
+        note_duration(out, name, time.monotonic() - begin)
         say(f"{name}: done in {time.monotonic() - begin:.1f} s")
     result = json.loads((out / "result.json").read_text())
     result |= {

@@ -21,6 +21,7 @@ from fusejax.stages.command import Result, parse_config
 from fusejax.stages.context import Run
 from fusejax.stages.convert import export_run
 from fusejax.stages.corpus_size import planned_text
+from fusejax.stages.durations import note_duration
 from fusejax.stages.evaluate import evaluate_run
 from fusejax.stages.fuse import fuse
 from fusejax.stages.lock import exclusive
@@ -103,6 +104,8 @@ def _run_in_order(run: Run, names: Collection[str], seconds: dict[str, float]) -
         meet(name)
         took = time.monotonic() - start
         seconds[name] = round(seconds.get(name, 0.0) + took, 2)
+        if is_first():
+            note_duration(run.directory, name, took)
         say(f"{name}: done in {took:.1f} s")
 
 

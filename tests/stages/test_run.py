@@ -13,6 +13,8 @@ from fusejax.io.manifest import MANIFEST, read_manifest, verify_directory
 from fusejax.io.models import open_model
 from fusejax.io.store import RecordReader
 from fusejax.stages.align import VOCABULARY
+from fusejax.stages.context import Run
+from fusejax.stages.report import report_run
 from fusejax.stages.run import STAGES, run_stages
 from tests.stages.tiny import make_config, texts, write_jsonl
 
@@ -37,6 +39,40 @@ def test_the_table_has_every_model(finished_run):
     assert (root / "run" / "report.html").read_text().startswith("<!")
     arms = {json.loads(line)["arm"] for line in (root / "run" / "metrics.jsonl").read_text().splitlines()}
     assert arms == {"clm", "fused", "mixed"}
+
+
+def test_the_report_shows_what_sources_did(finished_run):
+    root, _ = finished_run
+    text = (root / "run" / "report.html").read_text()
+    for expected in ("fused from a", "mixed from target", 'class="tok in"', "merged: sce of", "seconds, all calls"):
+        assert expected in text, expected
+    assert "Not there yet" not in text
+
+
+def test_an_unfinished_run_has_a_report_that_says_what_is_missing(finished_run, tmp_path, monkeypatch):
+    root, config = finished_run
+    monkeypatch.setattr("fusejax.stages.report.environment", dict)
+    shutil.copytree(root / "run", tmp_path / "run")
+    for gone in ("models/mixed", "models/merged", "fused/mixed", "aligned/b"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    (tmp_path / "run" / "result.json").unlink()
+    with open(tmp_path / "run" / "train" / "mixed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')
+    text = report_run(Run(config.model_copy(update={"output": str(tmp_path / "run")}))).read_text()
+    for expected in (
+        "Aligned distributions of b: ",
+        "Fused targets of mixed: ",
+        "Model mixed: its training is going on or was interrupted",
+        "Merged models merged: ",
+        "Results on held-out text: ",
+        "fused from a",
+    ):
+        assert expected in text, expected
+    assert "Model fused" not in text and 'id="results"' not in text
+    shutil.rmtree(tmp_path / "run")
+    assert (
+        "its training has not begun" in report_run(Run(config.model_copy(update={"output": str(tmp_path)}))).read_text()
+    )
 
 
 def test_every_artefact_verifies(finished_run):
