@@ -10,6 +10,8 @@ from jax.sharding import AxisType
 
 from fusejax.errors import InputError
 from fusejax.losses import batch_fusion_loss
+from fusejax.losses.rivals import uld_distance
+from fusejax.losses.weights import position_weights, spare_weight, supervision_masks
 from fusejax.losses.whole import batch_whole_loss, symbol_tables
 from fusejax.types import TopK
 from tests.losses.groups import random_batch
@@ -32,7 +34,10 @@ def _grad(call, batch, groups, **options):
     "options",
     [
         {"unsupervised": "none"},
-        {"divergence": "jsd", "tail": "renormalize", "scale_by_temperature_squared": True, "temperature": 0.5},
+        pytest.param(
+            {"divergence": "jsd", "tail": "renormalize", "scale_by_temperature_squared": True, "temperature": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -73,6 +78,49 @@ def test_whole_distributions_give_the_dense_kl():
     assert all(np.isfinite(g).all() for g in gradients)
 
 
+def test_uld_in_a_batch_of_two_sources():
+    batch, groups, _ = random_batch()
+    options = {"clm_weight": 0.0, "fusion_weight": 1.0, "unsupervised": "none", "denominator": 1.0}
+    call = functools.partial(batch_whole_loss, *_arrays(), batch, groups, chunk=7, divergence="uld", **options)
+    loss, metrics = jax.jit(call)()
+    logits, expected = _arrays()[0] @ _arrays()[1], 0.0
+    for m in range(2):
+        live = (batch.mask > 0) & (batch.partition[..., m] >= 0)
+        one = TopK(*(x[:, :, m][live] for x in batch.targets))
+        expected += (uld_distance(logits[live], one, np.ones(live.sum(), bool)) * batch.weights[..., m][live]).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["supervised_tokens"] == ((batch.mask > 0) & (batch.partition >= 0).any(-1)).sum()
+
+
+def test_alm_in_a_batch_of_two_sources():
+    """Chunks of two and three tokens; covered positions take CLM once, all others with the divergence's weight too."""
+    batch, groups, _ = random_batch(k=1)
+    shape = batch.mask.shape
+    lengths, said = np.full((*shape, 2, 1), -1), np.full((*shape, 2, 1), -np.inf)
+    lengths[:, 1, 0], lengths[:, 4, 1], said[:, 1, 0], said[:, 4, 1] = 2, 3, -2.5, -4.0
+    partition = np.where(lengths[..., 0] > 0, np.arange(2), -1).astype(np.int32)
+    place = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    targets = TopK(lengths.astype(np.int32), said.astype(np.float32), np.zeros((*shape, 2), np.float32))
+    batch = batch._replace(partition=partition, positions=place, targets=targets)
+    options = {"clm_weight": 0.7, "fusion_weight": 0.3, "denominator": 1.0}
+    options |= {"divergence": "alm", "temperature": 5.0}
+    loss, metrics = jax.jit(functools.partial(batch_whole_loss, *_arrays(), batch, groups, **options))()
+    logp = np.asarray(jax.nn.log_softmax(_arrays()[0] @ _arrays()[1]))
+    own = np.take_along_axis(logp, batch.labels[..., None], -1)[..., 0]
+    expected, chunks = 0.0, 0
+    for row in range(shape[0]):
+        covered = np.zeros(shape[1], bool)
+        for m, (first, after) in enumerate(((0, 2), (2, 5))):
+            if batch.mask[row, first:after].all():
+                p, q = (np.exp(x / 5.0) for x in (said[row, after - 1, m, 0], own[row, first:after].sum()))
+                coin = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+                expected += 0.3 * batch.weights[row, after - 1, m] * coin
+                covered[first:after], chunks = True, chunks + 1
+        expected -= (np.where(covered, 0.7, 1.0) * own[row])[batch.mask[row] > 0].sum()
+    assert chunks > 3 and metrics["supervised_tokens"] == chunks
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def test_masked_positions_change_nothing_bitwise():
     batch, groups, _ = random_batch()
     hidden, head = _arrays()
@@ -105,12 +153,12 @@ def test_symbols_of_tokens_are_the_partitions():
 
 
 def test_what_takes_the_divergences_weight_where_there_is_none():
-    batch, groups, _ = random_batch()
-    call = functools.partial(batch_fusion_loss, *_arrays(), batch, groups, max_members=VOCAB)
-    full, less = (jax.jit(functools.partial(call, unsupervised=value))()[0] for value in ("clm", "none"))
-    logp = jax.nn.log_softmax(_arrays()[0] @ _arrays()[1])
-    nats = -np.take_along_axis(np.asarray(logp), batch.labels[..., None], -1)[..., 0]
-    alone = (batch.mask > 0) & ~(batch.partition >= 0).any(-1)
-    np.testing.assert_allclose(full - less, 0.1 * nats[alone].sum() / batch.mask.sum(), rtol=1e-5)
+    batch, _, _ = random_batch()
+    masks = supervision_masks(batch)
+    full, less = (position_weights(batch, masks, 0.9, 0.1, 2.0, unsupervised=how)[0] for how in ("clm", "none"))
+    alone = ~(batch.partition >= 0).any(-1)
+    assert (alone & (batch.mask > 0)).any()
+    np.testing.assert_allclose(less, 0.45 * batch.mask, rtol=1e-6)
+    np.testing.assert_allclose(full, np.where(alone, 0.5, 0.45) * batch.mask, rtol=1e-6)
     with pytest.raises(ValueError, match="choose one of clm, none"):
-        call(unsupervised="kl")
+        spare_weight(0.9, 0.1, "kl")
