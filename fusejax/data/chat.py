@@ -92,10 +92,11 @@ class ChatTemplate:
     def __init__(self, source: str, names: Mapping[str, Any], *, origin: str) -> None:
         if len(source) > MAX_TEMPLATE:
             raise InputError(f"{origin}: a template of {len(source)} characters; at most {MAX_TEMPLATE} are read")
-        self.origin, self._names = origin, dict(names)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([source, self._names], sort_keys=True).encode())
+        self.source, self.origin, self.names = source, origin, dict(names)
+        self.environment = _environment()
+        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([source, self.names], sort_keys=True).encode())
         try:
-            self._template = _environment().from_string(source)
+            self._template = self.environment.from_string(source)
         except jinja2.TemplateError as error:
             raise InputError(f"{origin} is not a jinja template: {error}") from error
 
@@ -110,7 +111,7 @@ class ChatTemplate:
           InputError: the template refuses the conversation, fails, says too much, or changes a content.
         """
         contents = [content for _, content in messages]
-        room = _ROOM + 2 * sum(map(len, contents)) + _ROOM * len(contents) // 64
+        room = _room(contents)
         marked = [(role, f"{_OPEN}{i}{_CLOSE}" if c else c) for i, (role, c) in enumerate(messages)]
         if any(mark in content for content in contents for mark in (_OPEN, _CLOSE, _BEGIN, _END)):
             raise InputError(f"{where}: a content holds a private-use character U+E0D0 to U+E0D3; leave it out")
@@ -142,6 +143,11 @@ class ChatTemplate:
         spans = self._spans(found, wanted, where)
         return Rendering(text, tuple((start, stop) for _, start, stop in found), spans)
 
+    def text(self, messages: Sequence[tuple[str, str]]) -> str:
+        """Renders messages, whoever says the last; marks of `{% generation %}` left out."""
+        rendered = self._text(messages, _room([content for _, content in messages]), "conversation")
+        return re.sub(f"[{_BEGIN}{_END}]", "", rendered)
+
     def _spans(self, found: list[tuple[int, int, int]], wanted: list[int], where: str) -> tuple[tuple[int, int], ...]:
         places = {i: [(start, stop) for message, start, stop in found if message == i] for i in wanted}
         if wrong := {i: len(place) for i, place in places.items() if len(place) != 1}:
@@ -169,7 +175,7 @@ class ChatTemplate:
         names = {"range": bounded_range, "add_generation_prompt": False, "tools": None, "documents": None}
         parts, size = [], 0
         try:
-            for part in self._template.generate(messages=given, **self._names, **names):
+            for part in self._template.generate(messages=given, **self.names, **names):
                 parts.append(part)
                 size += len(part)
                 if size > room:
@@ -178,6 +184,11 @@ class ChatTemplate:
             roles = [role for role, _ in messages][:8]
             raise InputError(f"{where}: {self.origin} cannot render the roles {roles}: {error}") from error
         return "".join(parts)
+
+
+def _room(contents: Sequence[str]) -> int:
+    """Characters that a rendering may have."""
+    return _ROOM + 2 * sum(map(len, contents)) + _ROOM * len(contents) // 64
 
 
 @cache

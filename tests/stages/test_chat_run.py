@@ -1,22 +1,27 @@
 """Conversations and texts with trained spans through a whole run: what is masked has no influence, what is not, has."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from fusejax.alignment import event_groups
+from fusejax.cli import main
 from fusejax.config import CorpusConfig, RunConfig
+from fusejax.data.chat import template_of
 from fusejax.data.corpus import read_corpus
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
 from fusejax.io.store import Record, RecordReader
+from fusejax.io.tokenizers import load_tokenizer
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.models import head_kernel, hidden_states
 from fusejax.stages.align import align
 from fusejax.stages.capture import capture
 from fusejax.stages.context import Run
+from fusejax.stages.convert import export_run
 from fusejax.stages.evaluate import evaluate_run
 from fusejax.stages.fuse import PARTITIONS, fuse
 from fusejax.stages.prepare import prepare
@@ -178,6 +183,26 @@ def test_it_trains_and_is_evaluated_on_what_is_trained(run):
         RecordReader(run.directory / "scores" / "target"), read_corpus(run.corpus_dir, "test"), strict=True
     ):
         assert record.header["n_bytes"] == document.trained_bytes
+
+
+def test_the_export_talks_by_the_template_that_it_was_trained_on(run, capsys):
+    train(run)
+    out = Path(export_run(run)["export"])
+    ours, exported = run.encoder(run.config.target).template, template_of(load_tokenizer(out))
+    talk = [("user", "the cat"), ("assistant", "sat on"), ("user", "a mat"), ("assistant", "May")]
+    assert exported.render(talk) == ours.render(talk)
+    written = (out / "chat_template.jinja").read_text()
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == written
+    eos = run.tokenizer(run.config.target).eos_id
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [eos]
+    assert main(["chat", str(out), "--message", "the cat", "--max-new-tokens", "4", "--json"]) == 0
+    assert "answer" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    export_run(run)
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    target = run.config.target.model_copy(update={"chat_template": "llama-2"})
+    export_run(Run(run.config.model_copy(update={"target": target})))
+    assert "[INST]" in (out / "chat_template.jinja").read_text()
 
 
 def _check_ensembles(run, result):
