@@ -83,6 +83,10 @@ def test_names_default_to_the_last_part_of_the_path(tmp_path):
         ({"merge": {"targets": ["clm"]}, "train": {"baseline": False}}, r"merge names targets \['clm'\]"),
         ({"train": {"batch_size": 6, "accumulation": 4}}, r"batch_size 6 must be a multiple of .* = 4"),
         ({"train": {"batch_size": 8}, "mesh": {"data": 3, "fsdp": 2}}, r"batch_size 8 must be a multiple of .* = 6"),
+        (
+            {"train": {"seq_len": 33}, "mesh": {"tensor": 2}, "memory": {"sequence_parallel": True}},
+            r"multiple of mesh.tensor, got 33 and 2",
+        ),
         ({"loss": {"divergence": "reverse_kl", "tail": "zero"}}, r"needs tail bucket"),
         ({"corpus": {"train": [{"path": "x", "domain": "mean"}]}}, r"may not be called 'mean'"),
         ({"loss": {"clm_weight": 0, "fusion_weight": 0}}, r"nothing would be trained"),

@@ -155,6 +155,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"train.batch_size {rows} must be a multiple of train.accumulation * mesh.data * mesh.fsdp = {cuts}"
             )
+        if self.memory.sequence_parallel and self.train.seq_len % self.mesh.tensor:
+            raise ValueError(
+                f"memory.sequence_parallel needs a train.seq_len that is a multiple of mesh.tensor, got "
+                f"{self.train.seq_len} and {self.mesh.tensor}"
+            )
         return self
 
 

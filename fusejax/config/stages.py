@@ -193,6 +193,9 @@ class MemoryConfig(Config):
     attention: Literal["auto", "xla"] = Field(
         default="auto", description="On TPUs a kernel that holds no scores of all tokens by all tokens; xla: never."
     )
+    sequence_parallel: bool = Field(
+        default=False, description="Activations between projections lie over mesh.tensor along positions."
+    )
 
     @property
     def state_bytes(self) -> int:

@@ -41,7 +41,7 @@ from fusejax.parallel.sharding import Layout, ShardingRules
 __all__ = ["Cache", "Llama", "cached_states", "head_kernel", "hidden_states", "logits"]
 
 Tree = Mapping[str, Any]
-_STREAM = ("batch", "seq", None)
+_ROWS = ("batch", "seq", None)
 
 
 class Reading(NamedTuple):
@@ -85,7 +85,8 @@ class Linear(nnx.Module):
         kernel = layout.gathered(self.kernel[...].astype(x.dtype), self.axes)
         outputs = tuple(None if axis == "embed" else axis for axis in self.axes[self.inputs :])
         summed, produced = "xy"[: self.inputs], "uv"[: len(outputs)]
-        y = layout.einsum(f"bt{summed},{summed}{produced}->bt{produced}", x, kernel, ("batch", "seq", *outputs))
+        positions = "stream" if "embed" in self.axes[self.inputs :] else "seq"
+        y = layout.einsum(f"bt{summed},{summed}{produced}->bt{produced}", x, kernel, ("batch", positions, *outputs))
         if self.bias is None:
             return y
         return y + layout.gathered(self.bias[...].astype(x.dtype), self.axes[self.inputs :])
@@ -107,6 +108,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, reading: Reading, layout: Layout, *, cache: Cache | None = None, slot: Any = None
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the mixed values `[B, T, D]` of `x` `[B, T, D]`, and the layer's cache with them in it."""
+        x = layout.whole(x)
         q, k, v = (project(x, layout) for project in (self.q, self.k, self.v))
         if self.clip:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
@@ -131,6 +133,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         """Returns `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, `[B, T, D]`."""
+        x = layout.whole(x)
         up = self.up(x, layout)
         if self.gate is None:
             return self.down(activate(up, self.activation), layout)
@@ -149,7 +152,8 @@ class SparseMlp(nnx.Module):
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         """Returns the weighted sum of the experts' outputs, `[B, T, D]`."""
-        weights = expert_weights(self.router(x, layout), count=self.count)
+        x = layout.whole(x)
+        weights = layout.spread(expert_weights(self.router(x, layout), count=self.count))
 
         def add(total: jax.Array, expert: tuple[Linear, Linear, Linear, jax.Array]) -> tuple[jax.Array, None]:
             gate, up, down, weight = expert
@@ -157,7 +161,7 @@ class SparseMlp(nnx.Module):
             return total + y * weight[..., None].astype(x.dtype), None
 
         experts = (self.gate, self.up, self.down, jnp.moveaxis(weights, -1, 0))
-        return jax.lax.scan(add, jnp.zeros_like(x), experts)[0]
+        return jax.lax.scan(add, layout.spread(jnp.zeros_like(x)), experts)[0]
 
 
 class Norm(nnx.Module):
@@ -247,7 +251,7 @@ class Llama(nnx.Module):
         """Runs the layers; `whole` is the mask of those that ignore the sliding window."""
         cfg = self.cfg
         table = layout.gathered(self.embed.embedding[...], ("vocab", "embed"))
-        x = layout.take_rows(table, tokens, _STREAM).astype(cfg.dtype)
+        x = layout.spread(layout.take_rows(table, tokens, _ROWS).astype(cfg.dtype))
 
         def step(x: jax.Array, layer: tuple[Layer, jax.Array | None, Cache | None]) -> tuple[jax.Array, Cache | None]:
             module, ignores, cache = layer
@@ -258,7 +262,7 @@ class Llama(nnx.Module):
 
         ignores = None if whole is None else jnp.arange(cfg.num_layers) < cfg.block.full_attention_layers
         x, cache = jax.lax.scan(_rematerialised(step, cfg.remat), x, (self.layers, ignores, cached.get("cache")))
-        return self.final_norm(x, layout), cache
+        return layout.whole(self.final_norm(x, layout)), cache
 
     @property
     def _some_ignore_the_window(self) -> bool:

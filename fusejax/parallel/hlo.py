@@ -3,9 +3,10 @@
 Two things are counted that `Compiled.cost_analysis` leaves out: the bytes of collectives, and the work of loop
 bodies as often as the loops run. The text wanted is that of the program *after partitioning and before the passes
 of one backend* (`--xla_dump_hlo_pass_re=spmd-partition.*`): there every array still has the dtype that was asked
-for, while the CPU's compiler later widens bfloat16, merges collectives and never forms a reduce-scatter. Two things
+for, while the CPU's compiler later widens bfloat16, merges collectives and never forms a reduce-scatter. Three things
 that the compilers of accelerators do are applied here, so that the counts are theirs:
 
+* all-reduces that are added up are one, of the sum (the gradients of several projections of one input);
 * an all-reduce of which every device keeps only its slice is a reduce-scatter;
 * a collective on what a loop does not change runs once, before the loop.
 
@@ -181,6 +182,7 @@ def collectives(program: Program) -> list[Collective]:
         inside = program.computations[name]
         users = _users(inside)
         fixed = _unchanged(program, name) if times != outer else frozenset()
+        summed = set()
         for op in inside.values():
             kind = op.opcode.removesuffix("-start")
             if kind not in KINDS:
@@ -189,8 +191,12 @@ def collectives(program: Program) -> list[Collective]:
             if groups.shape[1] < 2:
                 continue
             whole = op.shape if kind in ("all-gather", "all-reduce") else "".join(inside[x].shape for x in op.operands)
-            if kind == "all-reduce" and _sliced(op.name, inside, users):
-                kind = "reduce-scatter"
+            if kind == "all-reduce":
+                total = _sum(op, inside, users)
+                if total in summed:
+                    continue
+                summed.add(total)
+                kind = "reduce-scatter" if _sliced(total, inside, users) else kind
             count = outer if all(_depends(x, inside, fixed) for x in op.operands) and fixed else times
             dtypes = "+".join(sorted({dtype for dtype, _ in _arrays(whole)}))
             source = re.search(r'op_name="([^"]*)"', op.attributes)
@@ -242,6 +248,26 @@ def _sliced(name: str, inside: dict[str, Instruction], users: dict[str, list[Ins
     return bool(after) and all(
         op.opcode == "dynamic-slice" or (op.opcode in _PASS_ON and _sliced(op.name, inside, users)) for op in after
     )
+
+
+def _sum(op: Instruction, inside: dict[str, Instruction], users: dict[str, list[Instruction]]) -> str:
+    """The name of the sum of all-reduces that an all-reduce is a term of; its own where it is none."""
+    name, groups = op.name, _groups(op.attributes).tolist()
+    while len(after := users.get(name, [])) == 1 and after[0].opcode == "add":
+        if not all(_reduced(operand, groups, inside, users) for operand in after[0].operands):
+            break
+        name = after[0].name
+    return name
+
+
+def _reduced(name: str, groups: list, inside: dict[str, Instruction], users: dict[str, list[Instruction]]) -> bool:
+    """Whether a value is an all-reduce over `groups`, or a sum of such, that nothing else reads."""
+    op = inside[name]
+    if len(users[name]) != 1:
+        return False
+    if op.opcode == "add":
+        return all(_reduced(operand, groups, inside, users) for operand in op.operands)
+    return op.opcode == "all-reduce" and _groups(op.attributes).tolist() == groups
 
 
 def _unchanged(program: Program, body: str) -> frozenset[str]:

@@ -1,11 +1,14 @@
 """From logical axes to shardings, for parameters and activations, in Auto and Explicit mode.
 
 Parameters name their axes (`vocab embed layers heads kv_heads head_dim mlp experts`), activations theirs (`batch
-seq` and the former). `ShardingRules` says on which mesh axes each logical axis lies; nothing else in the
+seq stream` and the former). `ShardingRules` says on which mesh axes each logical axis lies; nothing else in the
 package knows. A mesh axis is used once per array: on a second use the later axis is left whole.
 
 Parameters are stored split over `fsdp` and gathered just before use (`Layout.gathered`): the transpose of that
 gather is the reduce-scatter of the gradient. Activations never lie on `fsdp` along `embed`.
+
+`stream` is the positions of the residual stream between two projections. With `ShardingRules.sequence_parallel` it
+lies on `tensor` (Korthikanti et al., arXiv:2205.05198): what a projection reads is gathered, what it adds is scattered.
 
 `Layout` hides the one difference between the modes: Auto takes hints, Explicit takes an output sharding
 wherever a contraction or a gather leaves a choice. Without a mesh its methods are the plain operations.
@@ -33,6 +36,7 @@ class ShardingRules:
 
     batch: tuple[str, ...] = ("data", "fsdp")
     seq: tuple[str, ...] = ()
+    stream: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ("tensor",)
     embed: tuple[str, ...] = ("fsdp",)
@@ -41,6 +45,11 @@ class ShardingRules:
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ()
+
+    @classmethod
+    def sequence_parallel(cls) -> "ShardingRules":
+        """The rules with the positions of the residual stream over `tensor`."""
+        return cls(stream=("tensor",))
 
 
 class HasAxes(Protocol):
@@ -143,6 +152,14 @@ class Layout:
         """Returns a parameter gathered along `embed` (its fsdp axis); its gradient is scattered back."""
         stored = self.constrain(param, axes)  # so that the gradient is, too
         return self.constrain(stored, [None if axis == "embed" else axis for axis in axes])
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Returns `[B, T, ...]` split as the residual stream is; as it is where the stream is not split."""
+        return self.constrain(x, ("batch", "stream", *[None] * (x.ndim - 2))) if self.rules.stream else x
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Returns the stream `[B, T, D]` with all positions, as a projection reads it; its gradient is scattered."""
+        return self.constrain(self.spread(x), ("batch", "seq", None)) if self.rules.stream else x
 
     def einsum(self, equation: str, x: jax.Array, w: jax.Array, axes: Axes, **options: Any) -> jax.Array:
         """Returns `jnp.einsum(equation, x, w)` with the result laid out by its logical axes."""

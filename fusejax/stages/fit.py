@@ -11,6 +11,7 @@ __all__ = [
     "own_batch_rows",
     "peak_share",
     "placement",
+    "rules",
     "schedule_and_optimizer",
     "widened",
 ]
@@ -36,7 +37,15 @@ from fusejax.losses.fused import batch_fusion_loss
 from fusejax.losses.whole import batch_whole_loss
 from fusejax.models import ModelConfig, decay_mask, head_kernel, hidden_states, param_table
 from fusejax.models.flops import flops_per_token
-from fusejax.parallel import batch_sharding, is_first, make_mesh, own_rows, param_shardings, process_count
+from fusejax.parallel import (
+    ShardingRules,
+    batch_sharding,
+    is_first,
+    make_mesh,
+    own_rows,
+    param_shardings,
+    process_count,
+)
 from fusejax.parallel.device_kinds import find_device_kind
 from fusejax.stages.together import meet
 from fusejax.train.faults import FaultPolicy
@@ -86,6 +95,7 @@ def fit(
     compute_dtype: str = "float32",
     remat: str = "none",
     attention: str = "auto",
+    sequence_parallel: bool = False,
     checkpoint_every: int = 500,
     log_every: int = 10,
     tensorboard: bool = False,
@@ -111,7 +121,7 @@ def fit(
       mesh: sizes of the mesh axes; None or all 1: one device.
       max_steps: stop earlier than the loader's end.
       accumulation, compute_dtype, remat, checkpoint_every, log_every, tensorboard: see `TrainConfig`.
-      attention: see `MemoryConfig`; wandb_project: see `LogConfig`; faults: see `FaultsConfig`.
+      attention, sequence_parallel: see `MemoryConfig`; wandb_project: see `LogConfig`; faults: see `FaultsConfig`.
       evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
       watch: sees the number and the metrics of each step; may raise.
     """
@@ -128,7 +138,7 @@ def fit(
         return train_loop(
             params,
             loader,
-            loss_fn=loss_function(config, groups, dict(loss), placed.get("mesh")),
+            loss_fn=loss_function(config, groups, dict(loss), placed.get("mesh"), rules(sequence_parallel)),
             optimizer=optimizer,
             total_steps=total,
             accumulation=accumulation,
@@ -205,13 +215,24 @@ def peak_share(
     return lambda values: {"peak_share": values["tokens_per_second"] * per_token / peak}
 
 
+def rules(sequence_parallel: bool) -> ShardingRules:
+    """Where logical axes lie; parameters and batches lie alike with both values."""
+    return ShardingRules.sequence_parallel() if sequence_parallel else ShardingRules()
+
+
 def loss_options(config: RunConfig) -> dict[str, Any]:
     """What `loss_function` needs of a configuration to train on its fused distributions."""
     whole = config.capture.top_k == "all" or config.loss.divergence in ("uld", "alm")
     return config.loss.model_dump(mode="json") | {"whole": whole}
 
 
-def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping[str, Any], mesh: Any) -> Any:
+def loss_function(
+    config: ModelConfig,
+    groups: EventGroups | None,
+    loss: Mapping[str, Any],
+    mesh: Any,
+    rules: ShardingRules | None = None,
+) -> Any:
     """Returns `(params, batch, denominator) -> (loss, metrics)` for `make_train_step`.
 
     Args:
@@ -219,6 +240,7 @@ def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping
       groups: see `batch_fusion_loss`.
       loss: its options; `whole` is set where it must be computed from whole logits.
       mesh: of the arrays.
+      rules: where the model's logical axes lie; the default ones if None.
     """
     options = dict(loss)
     compute = batch_fusion_loss
@@ -226,7 +248,8 @@ def loss_function(config: ModelConfig, groups: EventGroups | None, loss: Mapping
         compute, options = batch_whole_loss, _without(options, "max_members", "logits_dtype")
 
     def loss_fn(params: Any, batch: Any, denominator: Any) -> Any:
-        hidden = hidden_states(params, config, batch.tokens, batch.positions, batch.segment_ids, mesh=mesh)
+        given = batch.tokens, batch.positions, batch.segment_ids
+        hidden = hidden_states(params, config, *given, mesh=mesh, rules=rules)
         head, layout = head_kernel(params, config)
         head = head.astype(hidden.dtype)
         divergence = partial(compute, head_layout=layout, denominator=denominator, mesh=mesh, **options)

@@ -81,6 +81,17 @@ def _bytes(leaves: list[jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
+def _kept_bytes(shape: Shape, leaves: list[jax.ShapeDtypeStruct], *, remat: str) -> int:
+    """Bytes of what layers keep; the residual stream is split where it lies over `tensor`, what projections read not.
+
+    Without rematerialisation a layer keeps two such inputs, attention's and the feed-forward part's.
+    """
+    ways = shape.mesh["tensor"] if shape.sequence_parallel else 1
+    stream = [x for x in leaves if x.shape[-2:] == (shape.seq_len, shape.model.hidden_size)]
+    read = [x for x in stream if x.dtype == jnp.dtype(shape.model.dtype)][-2:] if remat == "none" else []
+    return _bytes(leaves) - (_bytes(stream) - _bytes(read)) * (ways - 1) // ways
+
+
 def _stacked(shape: Shape, remat: str) -> list[jax.ShapeDtypeStruct]:
     return [x for x in local_share(shape, remat=remat) if x.shape[:1] == (shape.model.num_layers,)]
 
@@ -105,11 +116,12 @@ def predict(shape: Shape) -> Memory:
     }
     # without rematerialisation what a layer needs is kept already; about half of it again is in flight
     share = 0.5 if shape.model.remat == "none" else 1.0
-    backward = int(share * _bytes(everything) / layers) + layer_weights
+    backward = int(share * _kept_bytes(shape, everything, remat="none") / layers) + layer_weights
     loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
     items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
     master = _STATE * local if param < _STATE else 0  # narrow parameters have a float32 copy
-    return Memory(param * local, _moment_bytes(shape, local) + master, _bytes(kept), sum(items.values()), items)
+    activations = _kept_bytes(shape, kept, remat=shape.model.remat)
+    return Memory(param * local, _moment_bytes(shape, local) + master, activations, sum(items.values()), items)
 
 
 def measure(shape: Shape, compiled: Compiled) -> Memory:
@@ -123,4 +135,5 @@ def measure(shape: Shape, compiled: Compiled) -> Memory:
 def layer_bytes(shape: Shape) -> int:
     """Returns the bytes that one layer makes in the forward pass of a micro-batch, its weights left out."""
     weights = {tuple(row.shape) for path, row in param_table(shape.model).items() if path.startswith("layers.")}
-    return _bytes([x for x in _stacked(shape, "none") if x.shape not in weights]) // shape.model.num_layers
+    made = [x for x in _stacked(shape, "none") if x.shape not in weights]
+    return _kept_bytes(shape, made, remat="none") // shape.model.num_layers

@@ -29,7 +29,7 @@ from fusejax.losses.fused import accelerator_chunk
 from fusejax.models import ModelConfig, abstract_params
 from fusejax.parallel.device_kinds import DeviceKind
 from fusejax.parallel.hlo import Program, parse_program
-from fusejax.stages.fit import Optimization, loss_function, loss_options, placement, schedule_and_optimizer
+from fusejax.stages.fit import Optimization, loss_function, loss_options, placement, rules, schedule_and_optimizer
 from fusejax.stages.plan_targets import gpu_target, tpu_topology
 from fusejax.train.loop import state_shardings
 from fusejax.train.step import init_train_state, make_train_step
@@ -55,6 +55,7 @@ class Shape(NamedTuple):
     sources: int
     loss: dict[str, Any]
     optimization: Optimization
+    sequence_parallel: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, model: ModelConfig, mesh: dict[str, int]) -> "Shape":
@@ -73,6 +74,7 @@ class Shape(NamedTuple):
             sources,
             loss_options(config),
             Optimization.of(config),
+            config.memory.sequence_parallel,
         )
 
     @property
@@ -124,7 +126,8 @@ def _lowered(shape: Shape, devices: Sequence[Any]) -> Any:
     placed = placement(shape.model, shape.mesh, devices=devices)
     _, optimizer = schedule_and_optimizer(shape.model, shape.optimization, 1000)
     loss = shape.loss | {"chunk": shape.chunk}
-    loss_fn = loss_function(shape.model, _groups(shape, shape.model.vocab_size), loss, placed.get("mesh"))
+    groups, lie = _groups(shape, shape.model.vocab_size), rules(shape.sequence_parallel)
+    loss_fn = loss_function(shape.model, groups, loss, placed.get("mesh"), lie)
     step = make_train_step(loss_fn, optimizer, accumulation=shape.accumulation)
     abstract = jax.eval_shape(lambda p: init_train_state(p, optimizer), abstract_params(shape.model))
     if not placed:

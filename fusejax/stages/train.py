@@ -102,6 +102,7 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         compute_dtype=options.compute_dtype,
         remat=options.remat,
         attention=config.memory.attention,
+        sequence_parallel=config.memory.sequence_parallel,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,

@@ -129,3 +129,43 @@ ENTRY %main (p: (s32[], (f32[4,8]{1,0}, f32[8,2]{1,0}))) -> f32[4,2] {
     assert program.computations["main"]["p#1"].operands == ("p",)
     with pytest.raises(ValueError, match="no element"):
         parse_program(text.replace("%p#1#1", "%p#1#2"))
+
+
+SUMMED = """HloModule sums
+
+add {{
+  a = f32[] parameter(0)
+  b = f32[] parameter(1)
+  ROOT c = f32[] add(a, b)
+}}
+
+ENTRY main {{
+  x = bf16[8,4]{{1,0}} parameter(0)
+  y = bf16[8,4]{{1,0}} parameter(1)
+  z = bf16[8,4]{{1,0}} parameter(2)
+  i = s32[] parameter(3)
+  zero = s32[] constant(0)
+  p = bf16[8,4]{{1,0}} all-reduce(x), channel_id=1, replica_groups={{{{0,1,2,3}}}}, to_apply=add
+  q = bf16[8,4]{{1,0}} all-reduce(y), channel_id=2, replica_groups={{{{0,1,2,3}}}}, to_apply=add
+  r = bf16[8,4]{{1,0}} all-reduce(z), channel_id=3, replica_groups={{{{{third}}}}}, to_apply=add
+  s = bf16[8,4]{{1,0}} add(p, q)
+  t = bf16[8,4]{{1,0}} add(s, r)
+  ROOT u = bf16[{rows},4]{{1,0}} {last}
+}}
+"""
+SLICED = {"rows": 2, "last": "dynamic-slice(t, i, zero), dynamic_slice_sizes={2,4}"}
+WHOLE = {"rows": 8, "last": "negate(t)"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        (WHOLE | {"third": "0,1,2,3"}, ["all-reduce"]),
+        (SLICED | {"third": "0,1,2,3"}, ["reduce-scatter"]),
+        (WHOLE | {"third": "0,1"}, ["all-reduce", "all-reduce"]),  # other devices: p + q is one, r another
+        ({"rows": 8, "last": "multiply(t, p)", "third": "0,1,2,3"}, ["all-reduce"] * 3),  # p is read alone, too
+    ],
+)
+def test_all_reduces_that_are_added_up_are_one(given, kinds):
+    found = collectives(parse_program(SUMMED.format(**given)))
+    assert [c.kind for c in found] == kinds and all(c.bytes == 64 for c in found)

@@ -48,3 +48,9 @@ def test_value_and_gradient_do_not_depend_on_the_mesh(sizes, explicit) -> None:
 def test_key_heads_may_stay_whole_where_query_heads_are_split(explicit) -> None:
     mesh = make_mesh(data=2, tensor=4, explicit=explicit)
     assert_same_on(mesh, replace(TINY, tie_embeddings=True, remat="full"), ShardingRules(kv_heads=()))
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_the_stream_may_lie_over_tensor_along_positions(sizes, explicit) -> None:
+    assert_same_on(make_mesh(**sizes, explicit=explicit), replace(CFG, remat="full"), ShardingRules.sequence_parallel())
