@@ -148,6 +148,16 @@ class RunConfig(Config):
             raise ValueError(f"{whole} is trained from whole logits: set mesh.tensor 1 and loss.logits_dtype float32")
         return self
 
+    @property
+    def training_attention(self) -> str:
+        """The attention of the trained model: cuDNN's own form where no row holds two documents."""
+        return "cudnn_rows" if self.memory.attention == "cudnn" and not self.train.packing else self.memory.attention
+
+    @property
+    def plain_attention(self) -> str:
+        """The attention of scoring and of plans, where cuDNN's cannot be had or is not worth it."""
+        return "xla" if self.memory.attention == "cudnn" else self.memory.attention
+
     @model_validator(mode="after")
     def _rows_divide(self) -> "RunConfig":
         rows, cuts = self.train.batch_size, self.train.accumulation * self.mesh.data * self.mesh.fsdp
@@ -155,6 +165,8 @@ class RunConfig(Config):
             raise ValueError(
                 f"train.batch_size {rows} must be a multiple of train.accumulation * mesh.data * mesh.fsdp = {cuts}"
             )
+        if self.memory.attention == "cudnn" and self.train.compute_dtype == "float32":
+            raise ValueError("memory.attention cudnn computes in 16 bits: set train.compute_dtype bfloat16")
         if self.memory.sequence_parallel and self.train.seq_len % self.mesh.tensor:
             raise ValueError(
                 f"memory.sequence_parallel needs a train.seq_len that is a multiple of mesh.tensor, got "

@@ -190,8 +190,9 @@ class MemoryConfig(Config):
     param_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights; bfloat16 has a float32 copy in the optimiser's state."
     )
-    attention: Literal["auto", "xla"] = Field(
-        default="auto", description="On TPUs a kernel that holds no scores of all tokens by all tokens; xla: never."
+    attention: Literal["auto", "xla", "cudnn"] = Field(
+        default="auto",
+        description="On TPUs a kernel that holds no scores of all tokens by all tokens; xla: never; cudnn: on GPUs.",
     )
     sequence_parallel: bool = Field(
         default=False, description="Activations between projections lie over mesh.tensor along positions."

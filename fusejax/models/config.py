@@ -28,6 +28,7 @@ ARCHITECTURES = {
 }
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION = ("auto", "xla", "cudnn", "cudnn_rows")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class ModelConfig:
     `block` means that of the architecture; all are filled in. `attention_bias`: on q, k, v and o; Qwen2 always
     has it, on q, k and v. GPT-NeoX always has `mlp_bias`. `remat` says what the backward pass keeps of a layer:
     all of it (`none`), its matrix products (`dots`) or its input only (`full`). `attention`: by the device's kernel
-    where there is one (`auto`) or by plain operations (`xla`). `sliding_window`: a position sees itself and the
+    where there is one (`auto`), by plain operations (`xla`) or by cuDNN (`cudnn`; `cudnn_rows` where no row holds two
+    documents). `sliding_window`: a position sees itself and the
     `sliding_window - 1` before it.
     """
 
@@ -111,7 +113,7 @@ class ModelConfig:
         _check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("remat", self.remat, REMAT_POLICIES)
-        _check_choice("attention", self.attention, ("auto", "xla"))
+        _check_choice("attention", self.attention, ATTENTION)
         block, _ = _BLOCKS.get(self.architecture, (_LLAMA_BLOCK, ()))
         filled = {
             "num_kv_heads": self.num_kv_heads or self.num_heads,

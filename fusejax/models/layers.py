@@ -5,12 +5,15 @@ door to the attention implementation. Not here: dropout.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusejax.errors import InputError
+from fusejax.models.cudnn import check_cudnn, cudnn_attention, document_lengths
 from fusejax.models.splash import splash_attention, suits_splash
 from fusejax.parallel.sharding import Layout
 
@@ -121,27 +124,29 @@ def attention(
         layout: where the arrays lie.
         bias: `[1, N, T, S]` float32, added to the scores.
         segments, window: `[B, T]` int32, where the mask is `attention_mask(segments, sliding_window=window)`.
-        implementation: "xla" for plain operations anywhere; "auto".
+        implementation: "xla" for plain operations anywhere; "auto"; "cudnn" for NVIDIA GPUs, "cudnn_rows" where also
+            no row holds two documents (`fusejax.models.cudnn`).
+
+    Raises:
+        InputError: cuDNN was asked for where it cannot be had.
     """
-    given = None  # what the kernel is told instead of the mask
-    if implementation == "auto" and bias is None and suits_splash(q, k, layout.mesh):
-        given = segments
+    kernel, given = _kernel(q, k, mask, layout, bias, segments, window, implementation)
     if layout.mesh is None:
-        return _attend(q, k, v, mask, bias) if given is None else splash_attention(q, k, v, given, window=window)
+        return _attend(q, k, v, mask, bias) if kernel is None else kernel(q, k, v, given)
     if layout.rules.kv_heads != layout.rules.heads:  # key heads are whole where query heads are split
         groups = q.shape[2] // k.shape[2]
         k, v = (_repeat_heads(x, groups, layout) for x in (k, v))
     head_spec = layout.sharding(("batch", None, "heads", "head_dim")).spec
-    if given is not None:
-        by_row = layout.sharding(("batch", None)).spec
-        kernel = jax.shard_map(
-            partial(splash_attention, window=window),
+    if kernel is not None and given is not None:
+        by_row = ("batch", *[None] * (given.ndim - 1))
+        sharded = jax.shard_map(
+            kernel,
             mesh=layout.mesh,
-            in_specs=(head_spec, head_spec, head_spec, by_row),
+            in_specs=(head_spec, head_spec, head_spec, layout.sharding(by_row).spec),
             out_specs=head_spec,
-            check_vma=False,  # the kernel's results do not say along which axes they vary
+            check_vma=False,  # the kernels' results do not say along which axes they vary
         )
-        return kernel(q, k, v, layout.constrain(given, ("batch", None)))
+        return sharded(q, k, v, layout.constrain(given, by_row))
     mask_spec = layout.sharding(("batch", None, None, None)).spec
     bias_axes = (None, "heads", None, None)
     sharded = jax.shard_map(
@@ -152,6 +157,28 @@ def attention(
     )
     mask = layout.constrain(mask, ("batch", None, None, None))
     return sharded(q, k, v, mask, None if bias is None else layout.constrain(bias, bias_axes))
+
+
+def _kernel(
+    q: jax.Array,
+    k: jax.Array,
+    mask: jax.Array,
+    layout: Layout,
+    bias: jax.Array | None,
+    segments: jax.Array | None,
+    window: int | None,
+    implementation: str,
+) -> tuple[Callable[..., jax.Array] | None, jax.Array | None]:
+    """The device's kernel and what it is told of who reads whom; None, None for plain operations."""
+    if implementation.startswith("cudnn") and q.shape[1] == k.shape[1]:
+        check_cudnn(q.dtype, layout.mesh)
+        if bias is not None:
+            raise InputError("attention cudnn is not for linear biases (MPT); set memory.attention auto")
+        rows = implementation == "cudnn_rows" and segments is not None
+        return partial(cudnn_attention, window=window), document_lengths(segments) if rows else mask  # type: ignore
+    if implementation == "auto" and bias is None and segments is not None and suits_splash(q, k, layout.mesh):
+        return partial(splash_attention, window=window), segments
+    return None, None
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -4,8 +4,7 @@ The kernel (jax.experimental.pallas.ops.tpu.splash_attention) skips blocks that 
 segments hide the rest inside it. It is chosen while tracing, by the devices that the program is for:
 `jax.lax.platform_dependent` would make the backward pass keep what *every* branch needs, the scores included.
 
-Not here: a kernel for GPUs. cuDNN's has no segment ids, so a packed row would need its `[T, T]` mask in memory as a
-bias after all, and it can be traced only where a GPU is.
+Not here: a kernel for GPUs (`fusejax.models.cudnn`).
 """
 
 from typing import cast

@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     def of(cls, config: RunConfig, model: ModelConfig, mesh: dict[str, int]) -> "Shape":
         """The step that `fusejax train` makes of a configuration, on a mesh."""
         train, fusion = config.train, config.fusions[0]
-        how = {"dtype": train.compute_dtype, "remat": train.remat, "attention": config.memory.attention}
+        how = {"dtype": train.compute_dtype, "remat": train.remat, "attention": config.plain_attention}
         sources = (len(fusion.sources) or len(config.sources)) + fusion.include_target
         return cls(
             dataclasses.replace(model, **how),

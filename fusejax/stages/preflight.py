@@ -14,6 +14,7 @@ from fusejax.io.models import open_config
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.merging.registry import MERGE_METHODS, resolve
 from fusejax.models import count_params
+from fusejax.models.cudnn import check_cudnn
 from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
 from fusejax.stages.fit import Optimization, placement, schedule_and_optimizer
@@ -51,6 +52,8 @@ def check_before(run: Run, names: Collection[str]) -> None:
         if config.train.seq_len > model.max_positions:
             raise InputError(f"train.seq_len is {config.train.seq_len}, but {path} has {model.max_positions} positions")
         placement(model, config.mesh.model_dump())
+        if config.memory.attention == "cudnn":
+            check_cudnn(config.train.compute_dtype, None)
         schedule_and_optimizer(model, Optimization.of(config), 1)
         _check_disk(run, count_params(model))
         if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:

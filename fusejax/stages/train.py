@@ -101,7 +101,7 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         accumulation=options.accumulation,
         compute_dtype=options.compute_dtype,
         remat=options.remat,
-        attention=config.memory.attention,
+        attention=config.training_attention,
         sequence_parallel=config.memory.sequence_parallel,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
@@ -139,7 +139,7 @@ def _validation(run: Run, config: ModelConfig, mesh: Mapping[str, int]) -> Calla
     context = min(options.context, config.max_positions)
     names = [document.id for document in documents]
     encoded = dict(zip(names, run.encoder(run.config.target).encode_batch(documents), strict=True))
-    config = dataclasses.replace(config, dtype=run.config.train.compute_dtype, attention=run.config.memory.attention)
+    config = dataclasses.replace(config, dtype=run.config.train.compute_dtype, attention=run.config.plain_attention)
     placed = placement(config, mesh)
     whole = NamedSharding(placed["mesh"], PartitionSpec()) if placed else None
     score = jax.jit(partial(score_tokens, cfg=config, valid_vocab=tokenizer.vocab_size), out_shardings=whole)

@@ -19,13 +19,18 @@ from tests.stages.tiny import make_config
         ("train", {"seq_len": 128}, r"seq_len is 128, but .*target has 64 positions"),
         ("mesh", {"data": 64}, r"`mesh`: .*needs 64 devices"),
         ("mesh", {"tensor": 8}, r"(?s)`mesh`: .*kv_heads = 1 over tensor = 8"),
+        ("memory", {"attention": "cudnn"}, r"cudnn computes in bfloat16 or float16, got float32"),
     ],
 )
 def test_a_mistake_of_a_late_stage_is_told_first(tmp_path, section, change, message):
     config = make_config(tmp_path)
     part = getattr(config, section).model_copy(update=change)
+    for weights in list(tmp_path.rglob("*.safetensors")):
+        weights.write_bytes(b"")  # whoever read them would say so
+    began = time.process_time()
     with pytest.raises(InputError, match=message):
         run_stages(config.model_copy(update={section: part}))
+    assert time.process_time() - began < 10
     assert not (tmp_path / "run" / "corpus").exists()
 
 
