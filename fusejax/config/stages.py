@@ -120,8 +120,10 @@ class FusionConfig(Config):
 class LossConfig(Config):
     """clm_weight * CLM + fusion_weight * D(fused || target), in nats per trained token."""
 
-    clm_weight: float = Field(default=0.9, ge=0, description="Weight of the causal language modelling loss.")
-    fusion_weight: float = Field(default=0.1, ge=0, description="Weight of the divergence.")
+    clm_weight: float = Field(
+        default=0.5, ge=0, description="Weight of the causal language modelling loss; the papers': 0.9."
+    )
+    fusion_weight: float = Field(default=0.5, ge=0, description="Weight of the divergence; the papers': 0.1.")
     unsupervised: Literal["clm", "none"] = Field(
         default="clm",
         description="What takes the divergence's weight where there is no distribution; none: as in the papers.",

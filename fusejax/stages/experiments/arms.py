@@ -25,7 +25,7 @@ from fusejax.report import read_series
 from fusejax.stages.capture import describe
 from fusejax.stages.context import finished
 from fusejax.stages.evaluate import score_texts
-from fusejax.stages.experiments.shared import SharedRun, key_of, settings_of
+from fusejax.stages.experiments.shared import SharedRun, key_of
 from fusejax.stages.lock import exclusive
 from fusejax.stages.run import STAGES
 from fusejax.stages.train import train_arm
@@ -33,6 +33,11 @@ from fusejax.stages.train import train_arm
 _BEFORE_TRAINING = ("prepare", "capture", "align", "fuse")
 SPLITS = ("valid", "test")
 _CURVE = "eval/valid_bits_per_byte"
+
+
+def _whole(config: RunConfig) -> dict[str, Any]:
+    """All of a configuration, defaults too: a row must not be taken for that of another version's default."""
+    return config.model_dump(mode="json", exclude={"output"})
 
 
 class Row(NamedTuple):
@@ -103,9 +108,9 @@ class Lab:
     def _row(self, arm: ArmConfig, seed: int, chosen: Any) -> Row:
         config = self.config(arm, seed, chosen)
         inner = [self.experiment.arm(name) for name in self._arms_in(arm)]
-        made_of = [settings_of(self.config(other, seed, self._setting(other))) for other in inner]
+        made_of = [_whole(self.config(other, seed, self._setting(other))) for other in inner]
         kind = [arm.clm, arm.model, arm.ensemble, arm.merge]
-        key = key_of(settings_of(config), kind, made_of, fusejax.__version__)
+        key = key_of(_whole(config), kind, made_of, fusejax.__version__)
         rows = self.directory / "rows"
         rows.mkdir(parents=True, exist_ok=True)
         path = rows / f"{key}.json"

@@ -18,7 +18,7 @@ def key_of(*parts: Any) -> str:
 
 
 def settings_of(config: Config, *, without: Collection[str] = ("output",)) -> dict[str, Any]:
-    """What a configuration says beyond the defaults, so that options to come change no name."""
+    """What a configuration says beyond the defaults, so that options to come change no name; manifests say the rest."""
     return config.model_dump(mode="json", exclude_defaults=True, exclude=set(without))
 
 
