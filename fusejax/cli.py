@@ -39,6 +39,7 @@ COMMANDS = {
     "import": _Command("convert", "Write a Hugging Face directory as a fusejax checkpoint."),
     "evaluate": _Command("evaluate", "Bits per byte of a model on text, or of all models of a run."),
     "chat": _Command("chat", "Talk to a model in the terminal."),
+    "answer": _Command("answer", "Answer a file of questions, for a judge or a test to read."),
     "plan": _Command("plan", "Memory, speed, traffic and disk of a run, without weights or accelerators."),
     "inspect": _Command("inspect", "Show what an artefact or a model directory holds."),
     "report": _Command("report", "Write report.html and plots of a run, finished or not."),

@@ -1,6 +1,6 @@
 """evaluate --tasks: accuracy on tasks. Also what generates text for other commands."""
 
-__all__ = ["answer_pieces", "command", "on_device", "open_language_model"]
+__all__ = ["answer_pieces", "command", "on_device", "open_language_model", "pieces"]
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def open_language_model(directory: Path, *, context: int, batch_tokens: int, dty
     model = on_device(model)
     return LanguageModel(
         jax_score(model, top_k=1, valid_vocab=tokenizer.vocab_size),
-        partial(_pieces, model, tokenizer),
+        partial(pieces, model, tokenizer),
         tokenizer,
         context=min(context, model.config.max_positions),
         batch_tokens=batch_tokens,
@@ -43,7 +43,7 @@ def on_device(model: LoadedModel) -> LoadedModel:
     return model._replace(params=jax.device_put(model.params))
 
 
-def _pieces(
+def pieces(
     model: LoadedModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -92,7 +92,7 @@ def answer_pieces(
     seed: int = 0,
 ) -> Iterator[str]:
     """Yields the text that follows a prompt, longer and longer; a character that is not whole yet waits."""
-    for state in _pieces(model, tokenizer, [prompt], max_new_tokens, stops=stops, sampling=sampling, seed=seed):
+    for state in pieces(model, tokenizer, [prompt], max_new_tokens, stops=stops, sampling=sampling, seed=seed):
         data = b"".join(tokenizer.token_bytes[i] or b"" for i in state.ids[0])
         last = state.finished.all() or len(state.ids[0]) == max_new_tokens
         yield data.decode(errors="replace" if last else "ignore")
