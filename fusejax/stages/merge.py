@@ -53,8 +53,14 @@ def _merge_one(run: "Run", options: "MergeConfig") -> Manifest:
     if done := finished(directory, kind="model", settings=settings, parents=parents):
         return done
     run.replace_stale(directory)
-    recipe = {"method": options.method, "base": str(base), "targets": [str(run.model_dir(arm)) for arm in arms]}
+    recipe: dict[str, Any] = {
+        "method": options.method,
+        "base": str(base),
+        "targets": [str(run.model_dir(arm)) for arm in arms],
+    }
     recipe["parameters"] = dict(options.parameters)
+    if options.method == "slerp" and len(arms) > 1:
+        del recipe["base"]  # the arc goes from one target to the other
     directory.parent.mkdir(parents=True, exist_ok=True)
     how = Options(checkpoint=True, settings=settings, parents=parents)
     scratch = tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=directory.parent)

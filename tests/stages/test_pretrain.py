@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fusejax.config import RunConfig
-from fusejax.data.tokenizer_training import train_tokenizer
 from fusejax.errors import InputError
 from fusejax.io.hf import load_hf_model, save_hf_model
 from fusejax.io.manifest import read_manifest
@@ -26,22 +25,6 @@ PACE = {"batch_size": 4, "seq_len": 32, "learning_rate": 1e-2, "checkpoint_every
 NAMES = ("pivot", "more", "qwen")
 
 
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _qwen_tokenizer(directory) -> None:
-    """Few pieces, but split as Qwen2's own, which transformers wants."""
-    train_tokenizer(tiny.texts(200, seed=3), kind="byte_bpe", vocab_size=320, out_dir=directory)
-    spec = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
-    spec["normalizer"] = {"type": "NFC"}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, letters]}
-    (directory / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-
-
 def _talks(path, count: int, *, seed: int) -> str:
     said = iter(tiny.texts(2 * count, seed=seed))
     rows = [{"id": f"{seed}-{n}", "from": "ab"[n % 2], "ask": next(said), "say": next(said)} for n in range(count)]
@@ -54,7 +37,7 @@ def make_config(root, **changes) -> RunConfig:
     text = str(tiny.write_jsonl(root / "text.jsonl", tiny.texts(80, seed=1)))
     talks = {"path": _talks(root / "talks.jsonl", 60, seed=2), "prompt_fields": ["ask"], "response_field": "say"}
     if not (root / "tokenizer").exists():
-        _qwen_tokenizer(root / "tokenizer")
+        tiny.make_qwen_tokenizer(root / "tokenizer")
     own = {"kind": "spm_bpe", "vocab_size": 330}
     target = {"shape": SHAPE, "tokenizer": own, "text": [{"path": text, "limit": 40}], **PACE}
     qwen = {"shape": SHAPE | {"architecture": "qwen2"}, "tokenizer": str(root / "tokenizer"), **PACE, "epochs": 2}
@@ -131,11 +114,24 @@ def test_another_setting_makes_a_model_again_and_what_goes_on_from_it(made, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_from_configuration_to_result(made, tmp_path):
-    config = _copied(made[0], tmp_path)
-    run_stages(config)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert {"source:more", "source:qwen", "target", "clm", "fused", "ensemble"} == set(result["bits_per_byte"])
+def test_fusechat_from_random_weights_to_merged_targets(made, tmp_path):
+    config = _copied(made[0], tmp_path).model_dump(mode="json")
+    talks = {"path": str(tmp_path / "talks.jsonl"), "prompt_fields": ["ask"], "response_field": "say"}
+    asked = talks | {"path": _talks(tmp_path / "test.jsonl", 16, seed=5), "limit": 8}
+    config["corpus"] |= {"train": [talks | {"domain": "chat", "skip": 30}], "valid_fraction": 0.0}
+    config["corpus"]["test"] = [asked | {"domain": name, "where": {"from": name}} for name in "ab"]
+    config["fusions"] = {"pairwise": {"window_bytes": 32}}
+    few = {"density": 0.5}
+    config["merge"] = [{"method": "sce"}, {"method": "dare_linear", "parameters": few}, {"method": "slerp"}]
+    run_stages(RunConfig.model_validate(config))
+    table = json.loads((tmp_path / "run" / "result.json").read_text())["bits_per_byte"]
+    merged = ["merged-sce", "merged-dare_linear", "merged-slerp"]
+    assert list(table) == ["source:more", "source:qwen", "target", "clm", "more", "qwen", *merged, "ensemble"]
+    assert all(set(row) == {"a", "b", "mean"} for row in table.values())
+    assert all(table[name]["mean"] < table["target"]["mean"] for name in ("clm", "more", "qwen", *merged))
+    heads = [open_model(tmp_path / "run" / "models" / name).params["embed"]["embedding"] for name in merged]
+    assert not any(np.array_equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 
 def test_a_directory_of_somebody_else_is_refused_before_anything_is_done(tmp_path):
@@ -264,7 +260,7 @@ def test_a_qwen2_from_scratch_goes_to_hugging_face_form_and_back(made, tmp_path)
         ({"shape": None}, r"needs `shape` and `tokenizer`, or `start`"),
         ({"start": "x"}, r"shape and tokenizer come from the model of `start`"),
         ({"text": []}, r"at least 1"),
-        ({"text": [{"path": "embedded", "skip": 3}]}, r"skip and where choose records"),
+        ({"text": [{"path": "embedded", "skip": 3}]}, r"choose records of files and datasets"),
         ({"text": [{"path": "a", "where": {"x": None}}]}, r"where 'x' must be"),
     ],
 )
