@@ -4,7 +4,7 @@ How many devices a process fakes is settled when JAX starts, so the command star
 the environment. Everything here is arithmetic on shapes and on what compilers say.
 """
 
-__all__ = ["main", "plan"]
+__all__ = ["main", "plan", "work"]
 
 import dataclasses
 import json
@@ -56,14 +56,14 @@ def plan(config: RunConfig, mesh: dict[str, int], *, kind: DeviceKind, compiler:
         "usable_bytes": usable,
         "memory_source": said["source"],
         "memory_items": memory.items,
-        "predicted_bytes": predict(shape).total,
+        "predicted_bytes": predict(shape, tpu=kind.is_tpu).total,
         "compilers": {"cpu": _stated(host)} | said["compilers"],
         **({"refused": said["refused"]} if said.get("refused") else {}),
-        "suggestions": [] if fits else _suggestions(config, shape, usable),
+        "suggestions": [] if fits else _suggestions(config, shape, usable, tpu=kind.is_tpu),
         "mesh": dict(mesh),
         "devices": shape.devices,
         "parameters": count_params(model),
-        **_work(config, shape, kind, host),
+        **work(config, shape, kind, host),
         "disk_bytes": sum(disk.values()),
         "disk": disk,
         "tokens": total_tokens,
@@ -86,7 +86,7 @@ def _stated(compiled: Compiled) -> dict[str, Any]:
 def _memory(shape: Shape, kind: DeviceKind, compiler: str) -> tuple[Memory, dict[str, Any]]:
     """The memory and who says so: the device's compiler where it is wanted and here, else the sum of items."""
     said: dict[str, Any] = {"source": "model", "compilers": {}}
-    predicted = predict(shape)
+    predicted = predict(shape, tpu=kind.is_tpu)
     if compiler == "cpu" or (compiler == "auto" and missing_compiler(kind)):
         return predicted, said
     try:
@@ -99,8 +99,8 @@ def _memory(shape: Shape, kind: DeviceKind, compiler: str) -> tuple[Memory, dict
     return measure(shape, compiled)._replace(items=predicted.items), said | {"source": f"compiler:{compiled.compiler}"}
 
 
-def _work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> dict[str, Any]:
-    """Operations, collectives and speed."""
+def work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> dict[str, Any]:
+    """Operations, collectives and speed of a compiled step on devices of a kind."""
     assert host.program is not None
     found = collectives(host.program)
     flops = dot_flops(host.program)
@@ -152,12 +152,12 @@ def _table(found: list[Collective]) -> list[dict[str, Any]]:
     return sorted(table, key=lambda row: -row["wire_bytes"])
 
 
-def _suggestions(config: RunConfig, shape: Shape, usable: int) -> list[dict[str, Any]]:
+def _suggestions(config: RunConfig, shape: Shape, usable: int, *, tpu: bool) -> list[dict[str, Any]]:
     """The first changes that make the step fit, mildest first."""
     found = []
     for change, changed in _changes(config, shape):
         try:
-            total = predict(changed).total
+            total = predict(changed, tpu=tpu).total
         except (InputError, ValueError):
             continue
         if total <= usable:

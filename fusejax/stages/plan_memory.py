@@ -8,6 +8,11 @@ shapes of the program's own residuals, exactly. Temporaries are a sum of what mu
     and       backward through one layer: its recomputed residuals, its gathered weights and their gradients;
     or        the loss: the head's gradient twice (float32; summed here and over devices), a chunk of logits.
 
+TPUs need less, in two ways that are counted (`tpu`): their kernel for attention holds no scores, and their compiler,
+which orders a step for its memory, lets share it what does not exist at once: the gradient of the embedding, the head
+with its loss, and the backward pass of a layer. The gathered embedding is in use throughout where there are several
+micro-batches, and at either end of the step where there is one.
+
 The processor's compiler is no guide to the last part: it computes bfloat16 in float32, so it holds up to twice as
 much (docs/plan.md has the table). Compilers of accelerators schedule the rest differently, by some percent.
 """
@@ -96,37 +101,52 @@ def _stacked(shape: Shape, remat: str) -> list[jax.ShapeDtypeStruct]:
     return [x for x in local_share(shape, remat=remat) if x.shape[:1] == (shape.model.num_layers,)]
 
 
-def predict(shape: Shape) -> Memory:
-    """Returns the memory of a step by the sum above; takes about a second and no devices."""
+def predict(shape: Shape, *, tpu: bool = False) -> Memory:
+    """Returns the memory of a step by the sum above, for GPUs or TPUs; takes about a second and no devices."""
     sizes, layers = _split(shape), shape.model.num_layers
     width = jnp.dtype(shape.model.dtype).itemsize
     param = jnp.dtype(shape.optimization.param_dtype).itemsize
     local = sum(own for own, _ in sizes.values())
     in_layers = sum(whole for path, (_, whole) in sizes.items() if path.startswith("layers."))
-    kept, everything = _stacked(shape, shape.model.remat), _stacked(shape, "none")
+    kept, everything = (_stacked(shape, remat) for remat in (shape.model.remat, "none"))
+    if tpu and _without_scores(shape):
+        square = (shape.seq_len, shape.seq_len)
+        kept, everything = ([x for x in leaves if x.shape[-2:] != square] for leaves in (kept, everything))
     embed = sizes["embed.embedding"][1]
     head = sizes.get("head.kernel", sizes["embed.embedding"])[1]
     gathered = shape.mesh["fsdp"] > 1
     layer_weights = width * in_layers // layers
     columns = shape.model.vocab_size // shape.mesh["tensor"]
-    items = {
-        "gradients": local * (param + (_STATE if shape.accumulation > 1 else 0)),
-        "embedding": param * embed * (2 if gathered else 1),
-        "head": width * head if gathered or width != param else 0,
-    }
+    gradients = local * (param + (_STATE if shape.accumulation > 1 else 0))
+    embedding = param * embed
+    head_bytes = width * head if gathered or width != param else 0
     # without rematerialisation what a layer needs is kept already; about half of it again is in flight
     share = 0.5 if shape.model.remat == "none" else 1.0
     backward = int(share * _kept_bytes(shape, everything, remat="none") / layers) + layer_weights
     loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
-    items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
+    if tpu:
+        throughout = embedding if gathered and shape.accumulation > 1 else 0
+        phases = {"backward of a layer": backward, "head and loss": head_bytes + loss, "embedding's end": embedding}
+        fullest = max(phases, key=lambda name: phases[name])
+        items = {"gradients": gradients, "embedding": throughout, fullest: phases[fullest]}
+    else:
+        items = {"gradients": gradients, "embedding": embedding * (2 if gathered else 1), "head": head_bytes}
+        items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
     master = _STATE * local if param < _STATE else 0  # narrow parameters have a float32 copy
     activations = _kept_bytes(shape, kept, remat=shape.model.remat)
     return Memory(param * local, _moment_bytes(shape, local) + master, activations, sum(items.values()), items)
 
 
+def _without_scores(shape: Shape) -> bool:
+    """Whether the step takes the kernel for TPUs; see `fusejax.models.layers.attention`."""
+    model = shape.model
+    plain = model.attention != "auto" or model.block.alibi_bias_max or model.block.full_attention_layers
+    return not plain and shape.seq_len % 128 == 0
+
+
 def measure(shape: Shape, compiled: Compiled) -> Memory:
     """Returns the memory of a step as its compiler states it; parameters, moments and activations as predicted."""
-    found = predict(shape)
+    found = predict(shape, tpu=compiled.compiler == "tpu")
     batch = compiled.argument_bytes - found.params - found.optimizer
     kept = min(found.activations, compiled.temporary_bytes)
     return Memory(found.params, found.optimizer, kept, compiled.temporary_bytes - kept + max(batch, 0), {})
