@@ -6,6 +6,7 @@ An artefact made with other settings is replaced by its stage, and by nothing el
 
 __all__ = ["Run", "finished"]
 
+import errno
 import shutil
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -62,7 +63,9 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.directory / "config.yaml")
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # no mistake of the configuration
             raise InputError(f"cannot write to {self.directory}: {error.strerror}; set `output` elsewhere") from error
 
     @property

@@ -34,6 +34,13 @@ def test_a_mistake_of_a_late_stage_is_told_first(tmp_path, section, change, mess
     assert not (tmp_path / "run" / "corpus").exists()
 
 
+def test_a_directory_that_cannot_be_written_is_told_first(tmp_path):
+    config = make_config(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to .*file/run: .*set `output` elsewhere"):
+        run_stages(config.model_copy(update={"output": str(tmp_path / "file" / "run")}))
+
+
 def test_mistakes_of_all_merges_are_told_first(tmp_path):
     merges = [
         {"method": "scee"},

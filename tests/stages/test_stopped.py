@@ -14,6 +14,7 @@ from tests.stages.tiny import make_config
 
 CANARY = "canary-1f3b8e77"
 STAGES = "prepare,capture,align,fuse,train"
+REST = ",export,evaluate,report"
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +44,10 @@ def test_sigterm_ends_capture_and_training_and_the_same_command_goes_on(tmp_path
         assert process.returncode == 85, said[-1]
         assert "stopped by SIGTERM" in said[-1] and "the same command goes on from here" in said[-1]
     assert not (run / "models" / "fused").exists()
-    process = command(tmp_path / "config.yaml")
-    said.append(process.communicate(timeout=120)[0])
+    process = command(tmp_path / "config.yaml", STAGES + REST)
+    said.append(process.communicate(timeout=240)[0])
     assert process.returncode == 0, said[-1]
-    assert (run / "models" / "fused").is_dir()
+    assert (run / "report.html").is_file() and (run / "models" / "fused").is_dir()
     assert CANARY not in "".join(said)
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
     assert not holding
