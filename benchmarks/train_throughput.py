@@ -11,7 +11,8 @@ agree to 1e-3 before anything is timed.
 
 The steps take turns in one process, each on as many threads as the process may use. `ratio` is the median over the
 rounds of PyTorch's processor seconds divided by the row's (above 1: the row is faster); `wall_ratio` likewise of wall
-time. `peak_bytes` is the compiler's and null for PyTorch. `roofline` is null: the processor's peak is not known.
+time. `peak_bytes` is the compiler's and null for PyTorch. `roofline` is the
+share of the device's peak that the model's own operations reach, null where the peak is not known (a processor's is not).
 """
 
 import argparse
@@ -34,6 +35,8 @@ import transformers
 
 from fusejax.alignment import event_groups
 from fusejax.models import ModelConfig, decay_mask, init_params
+from fusejax.models.flops import flops_per_token
+from fusejax.parallel.device_kinds import find_device_kind
 from fusejax.stages.fit import loss_function
 from fusejax.train.optimizer import make_optimizer
 from fusejax.train.step import init_train_state, make_train_step
@@ -153,6 +156,12 @@ def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, tup
     return times
 
 
+def peak_share(tokens_per_second: float) -> float | None:
+    """Returns the share of one device's peak, in bfloat16, that the model's operations reach; None where unknown."""
+    kind = find_device_kind(jax.devices()[0].device_kind)
+    return None if kind is None else tokens_per_second * flops_per_token(MODEL, LENGTH) / kind.bf16_flops
+
+
 def main() -> None:
     """Checks that both train alike, measures them, prints a table and writes the rows where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,7 +187,8 @@ def main() -> None:
         row = {"name": "train_throughput", "shape": [ROWS, LENGTH, MODEL.hidden_size, MODEL.num_layers, VOCAB, K]}
         row |= {"implementation": name, "baseline": TORCH, "seconds": seconds, "cpu_seconds": busy, "threads": threads}
         row |= {"tokens_per_second": tokens / seconds, "ratio": ratio, "wall_ratio": wall_ratio}
-        rows.append(row | {"peak_bytes": peaks.get(name), "roofline": None, "device": jax.devices()[0].device_kind})
+        row |= {"roofline": None if name == TORCH else peak_share(tokens / seconds)}
+        rows.append(row | {"peak_bytes": peaks.get(name), "device": jax.devices()[0].device_kind})
         cells = name, f"{seconds * 1e3:.0f}", f"{busy * 1e3:.0f}", f"{tokens / seconds:.0f}"
         print("| " + " | ".join((*cells, f"{ratio:.2f}", f"{wall_ratio:.2f}")) + " |", flush=True)
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
