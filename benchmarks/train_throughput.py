@@ -11,8 +11,8 @@ agree to 1e-3 before anything is timed.
 
 The steps take turns in one process, each on as many threads as the process may use. `ratio` is the median over the
 rounds of PyTorch's processor seconds divided by the row's (above 1: the row is faster); `wall_ratio` likewise of wall
-time. `peak_bytes` is the compiler's and null for PyTorch. `roofline` is the
-share of the device's peak that the model's own operations reach, null where the peak is not known (a processor's is not).
+time. `peak_bytes` is the compiler's and null for PyTorch. `roofline` is the share of the device's peak that the model's
+own operations reach, null where the peak is not known (a processor's is not).
 """
 
 import argparse
