@@ -72,7 +72,7 @@ def config(place: Path, size: int) -> RunConfig:
                 "train": [{"path": str(corpus / "train.jsonl.gz"), "domain": "prose", "limit": 20}],
                 "test": [{"path": str(corpus / "test.jsonl.gz"), "domain": "prose"}],
                 "max_document_bytes": 1024,
-                "max_eval_bytes": 250_000,
+                "max_eval_bytes": 150_000,
             },
         }
     )
@@ -119,7 +119,7 @@ def main() -> None:
     """Trains, scores, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--bytes", type=int, default=1_500_000, help="text that each model is trained on")
+    parser.add_argument("--bytes", type=int, default=400_000, help="text that each model is trained on")
     given = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"{DATA} is not here: set FUSEJAX_DATA to a directory with corpora/gutenberg")
