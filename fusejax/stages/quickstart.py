@@ -120,6 +120,7 @@ def _config(out: Path, scale: Scale, seed: int, *, models: dict[str, Path]) -> R
                 "max_eval_bytes": scale.eval_bytes,
             },
             "capture": {"context": scale.seq_len, "batch_tokens": tokens},
+            "loss": {"clm_weight": 0.9, "fusion_weight": 0.1},  # the papers'; docs/results.md says what others give
             "fusions": [{"name": "fused"}, {"name": "pairwise", "sources": names[:1], "include_target": True}],
             "train": {
                 "batch_size": scale.batch_size,
