@@ -43,7 +43,9 @@ def heads(packed):
     return q, k, v, jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=["one", "mesh"]
+)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
 def test_it_computes_what_plain_operations_do(told, packed, window, mesh):

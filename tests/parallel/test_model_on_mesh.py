@@ -51,6 +51,8 @@ def test_key_heads_may_stay_whole_where_query_heads_are_split(explicit) -> None:
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"tensor": 2}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 def test_the_stream_may_lie_over_tensor_along_positions(sizes, explicit) -> None:
     assert_same_on(make_mesh(**sizes, explicit=explicit), replace(CFG, remat="full"), ShardingRules.sequence_parallel())
