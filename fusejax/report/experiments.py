@@ -28,15 +28,28 @@ def plot_differences(
     if not differences:
         return None
     figure, (ax,) = grid(1, columns=1, width=8.4, height=1.1 + 0.26 * len(differences))
+    sizes = sorted(abs(value) for value, _ in differences.values())
+    limit = max(5 * sizes[len(sizes) // 2], 1e-6)  # a few that are far out must not squeeze the others
+    limit = min(limit, 1.2 * sizes[-1]) or limit
     for y, (value, error) in enumerate(differences.values()):
         sure = error is not None and abs(value) > 2 * error
         colour = (_BETTER if value < 0 else _WORSE) if sure else _UNSURE
-        ax.errorbar(value, y, xerr=None if error is None else 2 * error, fmt="o", color=colour, capsize=3, markersize=5)
+        if abs(value) > limit:
+            ax.plot(limit if value > 0 else -limit, y, ">" if value > 0 else "<", color=colour, markersize=6)
+        else:
+            bar = None if error is None else 2 * error
+            ax.errorbar(value, y, xerr=bar, fmt="o", color=colour, capsize=3, markersize=5)
+        ax.text(1.01, y, f"{value:+.4f}", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=INK)
+    ax.set_xlim(-1.08 * limit, 1.08 * limit)
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(differences)), list(differences), fontsize=8)
     ax.invert_yaxis()
     ax.grid(axis="x", color=FAINT, linewidth=0.6)
-    ax.set_xlabel(f"bits per byte less those of {baseline} (bars: two standard errors; grey: one seed, or within them)")
+    ax.set_xlabel(
+        f"bits per byte less those of {baseline}; bars: two standard errors; grey: one seed, or within them; "
+        "triangles: further out",
+        fontsize=8,
+    )
     return save(figure, path)
 
 

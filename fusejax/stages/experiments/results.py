@@ -100,6 +100,12 @@ def _signed(value: float | None, error: float | None) -> str:
     return f"{value:+.4f}".replace("-", "−") + (f" ± {error:.4f}" if error is not None else "")
 
 
+def _made_here(experiment: ExperimentConfig, name: str) -> bool:
+    """Whether an arm is trained or merged: models that were there, and ensembles, are too far off for one picture."""
+    arm = experiment.arm(name)
+    return not (arm.model or arm.ensemble)
+
+
 def write_results(
     experiment: ExperimentConfig, rows: Sequence[Row], out: Path, *, command: str, facts: Mapping[str, Any]
 ) -> str:
@@ -127,9 +133,10 @@ def write_results(
             "rows": [row._asdict() for row in rows],
         },
     )
+    compared = [row for row in found if _made_here(experiment, row.arm)]
     made = [
         plot_differences(
-            {row.arm: (row.difference, row.difference_error) for row in found if row.difference is not None},
+            {row.arm: (row.difference, row.difference_error) for row in compared if row.difference is not None},
             out / f"{experiment.name}.png",
             baseline=experiment.baseline,
         ),
