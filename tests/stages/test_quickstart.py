@@ -28,7 +28,7 @@ def test_a_tiny_quickstart_keeps_its_promises(tmp_path, capsys, monkeypatch):
     assert result["peak_rss_bytes"] > 1e6
     for name in ("report.html", "metrics.jsonl", "result.json", "config.yaml"):
         assert (out / name).stat().st_size > 0
-    assert len(list((out / "plots").glob("*.png"))) >= 3
+    assert len(list((out / "plots").glob("*.svg"))) >= 3
     assert json.loads((out / "result.json").read_text())["export"] == result["export"]
     capsys.readouterr()
     assert main(["verify", str(out), "--json"]) == 0
