@@ -31,7 +31,7 @@ def material(tmp_path_factory):
     planned = planned_text(run)
     assert (planned.scale, planned.exact, planned.note) == (1.0, True, "")
     before = planned.documents
-    size = predicted_bytes(run, config.sources[0], before)
+    size = predicted_bytes(run, config.sources[0], before, tokenizer=run.tokenizer(config.sources[0]))
     run_stages(config, ("prepare", "capture"))
     return config, before, size
 

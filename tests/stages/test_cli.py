@@ -271,9 +271,10 @@ def test_a_read_only_directory_as_the_system_says_it(place, capsys, monkeypatch)
     _refused(capsys, "cannot write", "prepare", place / "run.yaml")
 
 
-def test_report_needs_a_result(place, capsys):
+def test_a_report_of_an_unfinished_run_says_what_is_missing(place, capsys):
     _call(capsys, "prepare", place / "run.yaml")
-    _refused(capsys, "evaluate", "report", place / "run")
+    _call(capsys, "report", place / "run")
+    assert "Not there yet" in (place / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_verify_needs_something(tmp_path, capsys):
@@ -310,5 +311,5 @@ def test_evaluate_says_what_it_cannot_use(place, capsys):
 
 
 def test_a_file_in_the_place_of_a_directory(place, capsys):
-    _refused(capsys, "file exists", "prepare", place / "run.yaml", "--output", place / "train.jsonl")
-    _refused(capsys, "not a directory", "prepare", place / "run.yaml", "--output", place / "train.jsonl" / "x")
+    _refused(capsys, "File exists; set `output` elsewhere", "prepare", place / "run.yaml", "--output", place / "train.jsonl")
+    _refused(capsys, "Not a directory; set `output` elsewhere", "prepare", place / "run.yaml", "--output", place / "train.jsonl" / "x")
