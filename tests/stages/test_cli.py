@@ -311,5 +311,6 @@ def test_evaluate_says_what_it_cannot_use(place, capsys):
 
 
 def test_a_file_in_the_place_of_a_directory(place, capsys):
-    _refused(capsys, "File exists; set `output` elsewhere", "prepare", place / "run.yaml", "--output", place / "train.jsonl")
-    _refused(capsys, "Not a directory; set `output` elsewhere", "prepare", place / "run.yaml", "--output", place / "train.jsonl" / "x")
+    where = place / "train.jsonl"
+    _refused(capsys, "File exists; set `output`", "prepare", place / "run.yaml", "--output", where)
+    _refused(capsys, "Not a directory; set `output`", "prepare", place / "run.yaml", "--output", where / "x")
