@@ -12,7 +12,11 @@ over the messages or over a bounded `range`, products and powers are bounded, an
 
 `strftime_now` gives a fixed day: a rendering is part of an artefact's identity and may not change over night.
 
-Deliberately not done: tool definitions and tool calls as objects (a tool's answer is a message like others), images.
+A turn with tool calls is trained as the template writes it: what it adds to the text before, without what opens and
+closes an assistant's plain answer there. A template that leaves the calls out, or renders the turns before otherwise
+when more follow, is refused.
+
+Deliberately not done: definitions of tools, images.
 """
 
 __all__ = ["ChatTemplate", "Rendering", "template_of"]
@@ -31,6 +35,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fusejax.data.chat_templates import NAMED_TEMPLATES, turn_end
+from fusejax.data.messages import Message, calls_of
 from fusejax.errors import InputError, nearest
 from fusejax.io.tokenizers import Tokenizer
 
@@ -100,28 +105,32 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InputError(f"{origin} is not a jinja template: {error}") from error
 
-    def render(self, messages: Sequence[tuple[str, str]], *, where: str = "conversation") -> Rendering:
+    def render(self, messages: Sequence[Message], *, where: str = "conversation") -> Rendering:
         """Renders a conversation and finds its contents in it.
 
         Args:
-          messages: (role, content) pairs.
+          messages: (role, content) pairs, or with more (`fusejax.data.messages`).
           where: the document, for messages.
 
         Raises:
           InputError: the template refuses the conversation, fails, says too much, or changes a content.
         """
-        contents = [content for _, content in messages]
-        room = _room(contents)
-        marked = [(role, f"{_OPEN}{i}{_CLOSE}" if c else c) for i, (role, c) in enumerate(messages)]
-        if any(mark in content for content in contents for mark in (_OPEN, _CLOSE, _BEGIN, _END)):
+        contents = [message[1] for message in messages]
+        room = _room(messages)
+        marked: list[Message] = [(m[0], f"{_OPEN}{i}{_CLOSE}" if m[1] else "", *m[2:]) for i, m in enumerate(messages)]
+        if any(mark in part for message in messages for part in message[1:] for mark in (_OPEN, _CLOSE, _BEGIN, _END)):
             raise InputError(f"{where}: a content holds a private-use character U+E0D0 to U+E0D3; leave it out")
         plain = re.sub(f"[{_BEGIN}{_END}]", "", self._text(messages, room, where))
         text, begun, generated = "", False, False
         found: list[tuple[int, int, int]] = []  # message, start, stop
         trained: set[int] = set()
+        blocks: list[tuple[int, int]] = []  # characters that `{% generation %}` holds
+        opened = 0
         for part in re.split(f"({_OPEN}\\d+{_CLOSE}|[{_BEGIN}{_END}])", self._text(marked, room, where)):
             if part in (_BEGIN, _END):
                 begun, generated = part == _BEGIN, True
+                blocks += [] if begun else [(opened, len(text))]
+                opened = len(text)
             elif marker := _MARKER.fullmatch(part):
                 index = int(marker[1])
                 found.append((index, len(text), len(text) + len(contents[index])))
@@ -138,29 +147,57 @@ class ChatTemplate:
                 f"{where}: {self.origin} changes what the messages say (near {plain[max(at - 20, 0) : at + 20]!r}), so "
                 "the trained bytes cannot be found. Give another `chat_template`, or leave such messages out"
             )
-        wanted = [i for i, (role, content) in enumerate(messages) if role == "assistant" and content]
+        calling = [i for i, message in enumerate(messages) if calls_of(message)]
+        called = {i: self._called(messages, i, text, where) for i in calling}
+        if generated:
+            called = {i: s for i, s in called.items() if any(a <= s[0] and s[1] <= b for a, b in blocks)}
+        wanted = [i for i, m in enumerate(messages) if m[0] == "assistant" and m[1] and i not in calling]
         wanted = [i for i in wanted if i in trained] if generated else wanted
-        spans = self._spans(found, wanted, where)
+        spans = self._spans(found, wanted, called, where)
         return Rendering(text, tuple((start, stop) for _, start, stop in found), spans)
 
-    def text(self, messages: Sequence[tuple[str, str]]) -> str:
+    def text(self, messages: Sequence[Message], *, where: str = "conversation") -> str:
         """Renders messages, whoever says the last; marks of `{% generation %}` left out."""
-        rendered = self._text(messages, _room([content for _, content in messages]), "conversation")
-        return re.sub(f"[{_BEGIN}{_END}]", "", rendered)
+        return re.sub(f"[{_BEGIN}{_END}]", "", self._text(messages, _room(messages), where))
 
-    def _spans(self, found: list[tuple[int, int, int]], wanted: list[int], where: str) -> tuple[tuple[int, int], ...]:
+    def _called(self, messages: Sequence[Message], index: int, text: str, where: str) -> tuple[int, int]:
+        """Where the template writes message `index`, which calls tools, in the text of all messages."""
+        before, upto = (self.text(messages[:stop], where=where) for stop in (index, index + 1))
+        answer = self.text([*messages[:index], ("assistant", _OPEN)], where=where)
+        opening, found, closing = answer.removeprefix(before).partition(_OPEN)
+        said = upto.removeprefix(before)
+        opening = opening if said.startswith(opening) else opening.rstrip(" ")
+        prefixes = text.startswith(upto) and upto.startswith(before) and answer.startswith(before)
+        if not (prefixes and found and said.startswith(opening) and said.endswith(closing)):
+            raise InputError(
+                f"{where}: where {self.origin} writes the tool calls of message {index} cannot be told from its turns "
+                "before and after. Write calls as text, or leave the conversation out"
+            )
+        start, stop = len(before) + len(opening), len(upto) - len(closing)
+        names = [call["function"]["name"] for call in calls_of(messages[index])]
+        if missing := [name for name in names if name not in text[start:stop]]:
+            raise InputError(
+                f"{where}: {self.origin} does not write the tool calls of message {index} ({', '.join(missing)}). Give "
+                "a `chat_template` that does, or write calls as text"
+            )
+        return start, stop
+
+    def _spans(
+        self, found: list[tuple[int, int, int]], wanted: list[int], called: Mapping[int, tuple[int, int]], where: str
+    ) -> tuple[tuple[int, int], ...]:
         places = {i: [(start, stop) for message, start, stop in found if message == i] for i in wanted}
         if wrong := {i: len(place) for i, place in places.items() if len(place) != 1}:
             raise InputError(
                 f"{where}: {self.origin} prints assistant messages {sorted(wrong)} {sorted(set(wrong.values()))} "
                 "times, expected once. Give another `chat_template`, or leave such messages out"
             )
-        spans = tuple(place[0] for place in places.values())
+        located = {i: place[0] for i, place in places.items()} | dict(called)
+        spans = tuple(located[i] for i in sorted(located))
         if not spans or list(spans) != sorted(spans):
             raise InputError(f"{where}: {self.origin} leaves no assistant turn to train, or says them out of order")
         return spans
 
-    def _text(self, messages: Sequence[tuple[str, str]], room: int, where: str) -> str:
+    def _text(self, messages: Sequence[Message], room: int, where: str) -> str:
         steps = 0
 
         def bounded_range(*bounds: int) -> range:
@@ -171,7 +208,7 @@ class ChatTemplate:
                 raise jinja2.TemplateRuntimeError(f"its loops take more than {_MAX_STEPS} steps")
             return made
 
-        given = [{"role": role, "content": content} for role, content in messages]
+        given = [{"role": m[0], "content": m[1]} | (json.loads(m[2]) if len(m) > 2 else {}) for m in messages]
         names = {"range": bounded_range, "add_generation_prompt": False, "tools": None, "documents": None}
         parts, size = [], 0
         try:
@@ -181,14 +218,14 @@ class ChatTemplate:
                 if size > room:
                     raise jinja2.TemplateRuntimeError(f"it says more than {room} characters")
         except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            roles = [role for role, _ in messages][:8]
+            roles = [message[0] for message in messages][:8]
             raise InputError(f"{where}: {self.origin} cannot render the roles {roles}: {error}") from error
         return "".join(parts)
 
 
-def _room(contents: Sequence[str]) -> int:
+def _room(messages: Sequence[Message]) -> int:
     """Characters that a rendering may have."""
-    return _ROOM + 2 * sum(map(len, contents)) + _ROOM * len(contents) // 64
+    return _ROOM + 2 * sum(len(part) for message in messages for part in message[1:]) + _ROOM * len(messages) // 64
 
 
 @cache

@@ -7,7 +7,10 @@ spells tokens which the tokenizer does not have is refused when a document is en
 
 `qwen`, `internlm2` and `yi` are the same text as `chatml`; `internlm2` begins with bos.
 
-Deliberately not done: default system prompts (a training text is not the place to add words), tools.
+A tool's answer is a turn of the role `tool` in `chatml` and its like and in `llama-3`; the others have no such role and
+refuse it. Tool calls as objects are written by none: families differ, and a tokenizer's own template knows how.
+
+Deliberately not done: default system prompts (a training text is not the place to add words).
 """
 
 __all__ = ["NAMED_TEMPLATES", "turn_end"]
@@ -17,6 +20,7 @@ from collections.abc import Container
 _CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 _OPEN = "{% if messages[0]['role'] == 'system' %}"
 _PAIRED = "{{ raise_exception('this template has no role ' ~ m['role']) }}"
+_NO_TOOLS = f"{{% for m in messages %}}{{% if m['role'] == 'tool' %}}{_PAIRED}{{% endif %}}"
 
 
 def _by_role(*, system: str | None, user: str, assistant: str, before: str = "{{ bos_token }}") -> str:
@@ -53,15 +57,15 @@ NAMED_TEMPLATES = {
         system=None, user="[INST] {{ m['content'] }} [/INST]", assistant=" {{ m['content'] }}{{ eos_token }}"
     ),
     "gemma": (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+        f"{{{{ bos_token }}}}{_NO_TOOLS}<start_of_turn>"
         "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     ),
     "chatml": _CHATML,
     "qwen": _CHATML,
     "yi": _CHATML,
     "internlm2": "{{ bos_token }}" + _CHATML,
-    "phi-3": "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}",
-    "zephyr": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}",
+    "phi-3": f"{{{{ bos_token }}}}{_NO_TOOLS}<|{{{{ m['role'] }}}}|>\n{{{{ m['content'] }}}}<|end|>\n{{% endfor %}}",
+    "zephyr": f"{_NO_TOOLS}<|{{{{ m['role'] }}}}|>\n{{{{ m['content'] }}}}{{{{ eos_token }}}}\n{{% endfor %}}",
 }
 
 

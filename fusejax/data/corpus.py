@@ -39,6 +39,7 @@ from typing import Any, overload
 import pyarrow as pa
 import xxhash
 
+from fusejax.data.messages import Message
 from fusejax.data.spans import Spans, Turn, clip_spans, layout_json, parse_layout
 from fusejax.errors import InputError, nearest
 
@@ -76,10 +77,13 @@ class Document:
         return self.n_bytes if self.spans is None else sum(stop - start for start, stop in self.spans)
 
     @property
-    def messages(self) -> list[tuple[str, str]]:
-        """(role, content) of every turn of a conversation."""
-        data = self.text.encode()
-        return [(turn.role, data[turn.start : turn.stop].decode()) for turn in self.turns]
+    def messages(self) -> list[Message]:
+        """The messages of a conversation."""
+        data, found = self.text.encode(), list[Message]()
+        for turn in self.turns:
+            said = data[turn.start : turn.stop].decode()
+            found.append((turn.role, said, turn.more) if turn.more else (turn.role, said))
+        return found
 
     @property
     def layout(self) -> str:

@@ -89,8 +89,19 @@ class DocumentEncoder:
         where = f"document {document.id!r}"
         return encode_rendered(self.tokenizer, text, contents=contents, spans=spans, where=where)
 
+    def trained_text(self, document: Document) -> list[str]:
+        """The trained spans of a conversation as the model's template writes them."""
+        text, _, spans = self._rendered(document)
+        return [text[start:stop] for start, stop in spans]
+
     def _rendered(self, document: Document) -> Rendering:
         where = f"document {document.id!r}"
         if self.template is None:
             raise InputError(f"{where} is a conversation; give the model a `chat_template`")
+        for turn in document.turns:
+            for _, start, stop in self.tokenizer.find_special(turn.said) if turn.said else ():
+                raise InputError(
+                    f"{where}: a tool call spells the special token {turn.said[start:stop]!r}, which its rendering "
+                    "would be read as; leave the conversation out"
+                )
         return self.template.render(document.messages, where=where)

@@ -5,7 +5,9 @@ and begin and end between characters; what a user gives in characters is turned 
 
 A conversation is kept as its contents, joined by an empty line, and its turns: role, start and stop of each content in
 that text. The joined text is for people, for hashing and for counting; a model reads the turns as its own chat
-template renders them (`fusejax.data.chat`). The spans of a conversation are the contents of its assistant turns.
+template renders them (`fusejax.data.chat`). The spans of a conversation are the contents of its assistant turns. What
+else a message holds (`fusejax.data.messages`) is kept with its turn; tool calls also stand in the text, as JSON after
+the content, and are part of the span. A model reads them as its template writes them.
 
 Deliberately not done: weights of spans, and spans of user or tool turns in a conversation (a model that answers does
 not say them; a text with spans can).
@@ -18,6 +20,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fusejax.data.messages import Message
 from fusejax.errors import InputError
 
 Spans = tuple[tuple[int, int], ...]
@@ -30,26 +33,36 @@ class Turn(NamedTuple):
 
     role: str
     start: int
-    stop: int
+    stop: int  # of the content; tool calls follow
+    more: str = ""  # JSON: `tool_calls` of an assistant, `name` and `tool_call_id` of a tool
+
+    @property
+    def said(self) -> str:
+        """What stands in the text for the tool calls."""
+        return f"\n{self.more}" if self.more and self.role == ASSISTANT else ""
 
 
-def conversation(messages: Iterable[tuple[str, str]]) -> tuple[str, tuple[Turn, ...], Spans]:
+def conversation(messages: Iterable[Message]) -> tuple[str, tuple[Turn, ...], Spans]:
     """Joins the contents of messages.
 
     Args:
-      messages: (role, content) pairs in order.
+      messages: in order.
 
     Returns:
-      The text, its turns, and the spans that are trained: assistant contents that are not empty.
+      The text, its turns, and the spans that are trained: assistant contents and tool calls that are not empty.
     """
     parts, turns, at = [], [], 0
-    for role, content in messages:
-        size = len(content.encode())
-        turns.append(Turn(role, at, at + size))
-        parts.append(content)
-        at += size + len(_BETWEEN)
-    spans = tuple((turn.start, turn.stop) for turn in turns if turn.role == ASSISTANT and turn.stop > turn.start)
-    return _BETWEEN.join(parts), tuple(turns), spans
+    for role, content, *more in messages:
+        turn = Turn(role, at, at + len(content.encode()), *more)
+        turns.append(turn)
+        parts.append(content + turn.said)
+        at = turn.stop + len(turn.said.encode()) + len(_BETWEEN)
+    return _BETWEEN.join(parts), tuple(turns), _trained(turns)
+
+
+def _trained(turns: Iterable[Turn]) -> Spans:
+    spans = ((turn.start, turn.stop + len(turn.said.encode())) for turn in turns if turn.role == ASSISTANT)
+    return tuple((start, stop) for start, stop in spans if stop > start)
 
 
 def character_spans(text: str, ranges: Any, where: str) -> Spans:
@@ -99,7 +112,8 @@ def clip_spans(spans: Spans, start: int, stop: int) -> Spans:
 def layout_json(spans: Spans | None, turns: Sequence[Turn]) -> str:
     """Returns spans and turns as the corpus stores them; empty for a plain document."""
     if turns:
-        return json.dumps({"turns": [list(turn) for turn in turns]}, ensure_ascii=False, separators=(",", ":"))
+        rows = [list(turn if turn.more else turn[:3]) for turn in turns]
+        return json.dumps({"turns": rows}, ensure_ascii=False, separators=(",", ":"))
     return "" if spans is None else json.dumps({"spans": [list(span) for span in spans]}, separators=(",", ":"))
 
 
@@ -110,5 +124,5 @@ def parse_layout(layout: str) -> tuple[Spans | None, tuple[Turn, ...]]:
     found = json.loads(layout)
     turns = tuple(Turn(*turn) for turn in found.get("turns", ()))
     if turns:
-        return tuple((t.start, t.stop) for t in turns if t.role == ASSISTANT and t.stop > t.start), turns
+        return _trained(turns), turns
     return tuple((a, b) for a, b in found["spans"]), ()

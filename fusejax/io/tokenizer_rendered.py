@@ -8,8 +8,8 @@ whole (tests compare them) and the byte end of every token.
 *Coordinates.* Two models render one conversation differently; what they share are the bytes of the trained spans, one
 after another. Byte ends of a masked document count those bytes alone, so scaffolding and prompts have no width. A label
 is trained when it lies within a span, one blank in front of it (`: Yes` is `:` and ` Yes`) or the end of a multi-byte
-character included; and where the token after a span's end, blanks aside, is a special one, that is the stop token of
-the span: it is trained and covers no byte.
+character included, and so is a special token that the template itself writes there (`[TOOL_CALLS]`). Where the token
+after a span's end, blanks aside, is a special one, that is the stop token of the span: it is trained, without bytes.
 
 Deliberately not done: tokens that reach further out of a span. They would teach bytes that are not to be trained.
 """
@@ -117,7 +117,7 @@ def _masked(whole: _Whole, spans: Ranges, where: str, *, needs_stop: bool) -> En
         first, last = begin - data[:begin].endswith(b" "), end
         if not exact:  # a normaliser may fold white space into the token beside it
             first, last = len(data[:begin].rstrip()), len(data) - len(data[end:].lstrip())
-        trained[(starts >= first) & (ends > begin) & (starts < end) & (ends <= last) & ~special] = number
+        trained[(starts >= first) & (ends > begin) & (starts < end) & (ends <= last)] = number
         covered += np.clip(ends - begin, 0, end - begin)
         stop = _stop(starts, ends, special, data, end)
         if stop is not None:

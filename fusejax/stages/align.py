@@ -14,7 +14,8 @@ import numpy as np
 
 from fusejax.alignment import DocumentReport, add_up, summary
 from fusejax.alignment.report import Span
-from fusejax.data.corpus import read_corpus
+from fusejax.data.corpus import Document, read_corpus
+from fusejax.data.encoding import DocumentEncoder
 from fusejax.data.readers import read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest
@@ -74,6 +75,7 @@ def _align_one(run: Run, name: str) -> Manifest:
             writer.seek(number)
             shard = documents[first : first + shard_size]
             for offset, encoded in enumerate(target.encode_batch(shard)):
+                _check_calls(shard[offset], source, target, name)
                 record = reader[first + offset]
                 aligned = align_record(record, encoded, bool(shard[offset].turns))
                 reports.append(aligned.report)
@@ -102,6 +104,16 @@ def _report_of(found: list[Any]) -> DocumentReport:
     *sums, worst = found
     *counts, mass = sums
     return DocumentReport(*map(int, counts), mass_kept=mass, worst=tuple(Span(*span) for span in worst))
+
+
+def _check_calls(document: Document, source: DocumentEncoder, target: DocumentEncoder, name: str) -> None:
+    """Refuses tool calls that two models write differently: then their trained bytes are not the same text."""
+    if any(turn.said for turn in document.turns) and source.trained_text(document) != target.trained_text(document):
+        raise InputError(
+            f"document {document.id!r}: the chat templates of {name} and of the target write its tool calls "
+            "differently, so their bytes cannot be compared. Give all models one `chat_template` that writes calls, or "
+            "leave it out"
+        )
 
 
 def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, name: str) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusejax.data.chat import ChatTemplate, template_of
+from fusejax.data.messages import Message
 from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of
 from fusejax.io.models import LoadedModel, open_model, resolve_model
@@ -76,10 +77,10 @@ class Speaker:
         self._longest, self._sampling, self._seed = max_new_tokens, sampling, seed
         self._unfinished = self._too_long = 0
 
-    def prompt(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """The ids of what is said so far, and those that end an answer."""
         if self._template is not None:
-            trimmed = [(role, content.strip()) for role, content in messages]
+            trimmed: list[Message] = [(m[0], m[1].strip(), *m[2:]) for m in messages]
             ids, stop = prompt_of(self._template, self._tokenizer, trimmed)
             return ids, [stop]
         text = messages[-1][1]
@@ -91,7 +92,7 @@ class Speaker:
     def answer(self, questions: Sequence[Question], temperature: float, number: int) -> Batch:
         """Answers all turns of questions; `number` sets the batch's sampling apart from others'."""
         self._unfinished = self._too_long = 0
-        talks = [list(question.history) for question in questions]
+        talks: list[list[Message]] = [list(question.history) for question in questions]
         texts: list[list[str]] = [[] for _ in questions]
         for turn in range(max(len(question.turns) for question in questions)):
             rows = [row for row, question in enumerate(questions) if turn < len(question.turns)]
@@ -105,7 +106,7 @@ class Speaker:
         return Batch(texts, self._unfinished, self._too_long)
 
     def _turn(
-        self, talks: Sequence[Sequence[tuple[str, str]]], until: Sequence[str], temperature: float, seed: int
+        self, talks: Sequence[Sequence[Message]], until: Sequence[str], temperature: float, seed: int
     ) -> list[str]:
         """Answers together what leaves room for `max_new_tokens`, and each of the others alone."""
         prompts = [self.prompt(talk) for talk in talks]

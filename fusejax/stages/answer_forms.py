@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusejax.data.messages import Fields, messages_of
+from fusejax.data.messages import Fields, Message, messages_of
 from fusejax.errors import InputError
 from fusejax.io.manifest import atomic_directory
 
@@ -46,7 +46,7 @@ class Question(NamedTuple):
 
     row: dict[str, Any]  # as it was read
     turns: tuple[str, ...]
-    history: tuple[tuple[str, str], ...] = ()  # (role, content) before the first turn
+    history: tuple[Message, ...] = ()  # before the first turn
     temperature: float | None = None  # of this question; None: the command's
     stops: tuple[str, ...] = ()  # strings that end an answer
 

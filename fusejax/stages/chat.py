@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusejax.data.chat import ChatTemplate, template_of
+from fusejax.data.messages import Message
 from fusejax.errors import InputError
 from fusejax.io.models import open_model, resolve_model
 from fusejax.io.tokenizer_rendered import encode_rendered
@@ -23,18 +24,16 @@ from fusejax.stages.command import Result, parser, positive_int
 from fusejax.stages.tasks import answer_pieces, on_device
 
 _ANSWER = "answer"  # stands where the model's answer will be
-Messages = list[tuple[str, str]]
+Messages = list[Message]
 
 
-def prompt_of(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]
-) -> tuple[list[int], int]:
+def prompt_of(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], int]:
     """Returns the ids of a conversation up to the assistant's next answer, and the id that ends the answer.
 
     Args:
       template: of the model.
       tokenizer: its own.
-      messages: (role, content) pairs, the last one not the assistant's.
+      messages: (role, content) pairs, or with more (`fusejax.data.messages`), the last one not the assistant's.
 
     Raises:
       InputError: the template cannot say the conversation.
@@ -91,7 +90,7 @@ def command(name: str, words: list[str]) -> Result:
         messages.append(("user", line.strip()))
         messages.append(("assistant", answer(shown=True)))
         print()
-    return Result({"messages": [{"role": role, "content": content} for role, content in messages]})
+    return Result({"messages": [{"role": m[0], "content": m[1]} for m in messages]})
 
 
 def _ask() -> str:
