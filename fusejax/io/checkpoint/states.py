@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ log = logging.getLogger("fusejax")
 TEMPORARY = ".orbax-checkpoint-tmp"
 _ASIDE = ".damaged"
 _WAIT_SECONDS = 300.0
+_CLEAR_SECONDS = 10.0
 
 
 class StateWriter:
@@ -152,8 +154,15 @@ class StateWriter:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        with quiet(), writable(self._directory, clear=lambda: remove_orphans(self._directory)):
+        with quiet(), writable(self._directory, clear=self._clear):
             yield
+
+    def _clear(self) -> None:
+        """Removes what a failed save left, until the writers of its other files have ended, too."""
+        deadline, clean = time.monotonic() + _CLEAR_SECONDS, 0
+        while clean < 2 and time.monotonic() < deadline:
+            clean = 0 if remove_orphans(self._directory) else clean + 1
+            time.sleep(0.1)
 
 
 def save_train_state(
