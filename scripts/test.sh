@@ -5,6 +5,7 @@
 #
 # Every check runs even after one has failed; the exit code is 1 where any did. FUSEJAX_PYTHON names the interpreter,
 # FUSEJAX_TEST_WORKERS the number of test processes (default 2: each test process has eight fake CPU devices).
+# FUSEJAX_SKYPILOT=1 installs SkyPilot (460 MB) into .venv-sky, and its parser reads scripts/skypilot.yaml then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/common.sh
@@ -16,6 +17,10 @@ python=$(find_python) || {
 }
 ensure_venv .venv "$python"
 install .venv test
+if [ -n "${FUSEJAX_SKYPILOT:-}" ]; then
+  ensure_venv .venv-sky "$python"
+  .venv-sky/bin/python -m pip install --disable-pip-version-check --quiet skypilot==0.14.1
+fi
 
 failed=()
 # check NAME COMMAND...: runs one check, says how long it took and remembers a failure.

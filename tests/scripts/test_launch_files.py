@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -79,11 +80,26 @@ def test_mistakes_in_a_jobset_are_found(place, value):
         JobSet.model_validate(found)
 
 
-def test_skypilot_takes_its_file():
-    """SkyPilot's own parser, where it is installed; it does not look for the machines."""
-    pytest.importorskip("sky", reason="skypilot is not installed (it needs an environment of its own)")
-    code = "import sky, sys; task = sky.Task.from_yaml(sys.argv[1]); assert task.num_nodes == 1"
-    subprocess.run(["python", "-c", code, SCRIPTS / "skypilot.yaml"], cwd=ROOT, check=True, timeout=120)
+def _sky(path, home):
+    """SkyPilot's own parser; it does not look for the machines."""
+    python = ROOT / ".venv-sky" / "bin" / "python"
+    if not python.is_file():
+        pytest.importorskip("sky", reason="no SkyPilot: FUSEJAX_SKYPILOT=1 bash scripts/test.sh makes .venv-sky for it")
+        python = sys.executable
+    code = "import sky, sys; task = sky.Task.from_yaml(sys.argv[1]); print(task.num_nodes, *task.file_mounts or {})"
+    environment = {**os.environ, "HOME": str(home)}
+    return subprocess.run(
+        [python, "-c", code, path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_skypilot_takes_its_file_and_no_other_mount(tmp_path):
+    done = _sky(SCRIPTS / "skypilot.yaml", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "1"
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((SCRIPTS / "skypilot.yaml").read_text(encoding="utf-8").replace("MOUNT_CACHED", "MOUNT_ALWAYS"))
+    assert _sky(wrong, tmp_path).returncode != 0
 
 
 def test_skypilot_s_file_is_consistent():
