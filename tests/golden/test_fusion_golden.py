@@ -240,6 +240,7 @@ def test_source_choice():
     assert np.flatnonzero(~np.isnan(chosen)).tolist() == golden["kept_after_filter"]
 
 
+@pytest.mark.optimized  # variances at the threshold
 @pytest.mark.parametrize("number", range(16))
 def test_sce(number):
     case = load("sce")["cases"][number]

@@ -90,7 +90,12 @@ def assert_only_ties(off, base, tensors, expected, actual, params: dict) -> None
         assert ((expected != base) & tied).sum() == ((actual != base) & tied).sum()
 
 
-@pytest.mark.parametrize("case", cases("mergekit"))
+def _marked(case: str):
+    at_threshold = re.search(r"sce_top.*__f32", case)  # variances that differ in their last digits
+    return pytest.param(case, marks=[pytest.mark.optimized] if at_threshold else [])
+
+
+@pytest.mark.parametrize("case", [_marked(case) for case in cases("mergekit")])
 def test_mergekit(case):
     plan, models = planned(case)
     stored = load(f"cases/mergekit/{case}")

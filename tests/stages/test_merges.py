@@ -19,7 +19,7 @@ from fusejax.stages.run import run_stages
 from tests.stages.tiny import make_config
 
 _STAGES = ("merge", "evaluate", "export")
-_MERGES = [{"method": "linear"}, {"name": "ta", "method": "task_arithmetic", "parameters": {"scale": 0.5}}]
+_MERGES = [{"method": "linear"}, {"name": "ta", "method": "task_arithmetic", "parameters": {"scale": 0.25}}]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_merge_is_a_model_and_a_row(root):
         start, both, _params(models / "merged-linear"), _params(models / "ta"), strict=True
     ):
         np.testing.assert_allclose(linear, (a + b) / 2, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(arithmetic, origin + 0.5 * (a - origin + b - origin), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(arithmetic, origin + 0.25 * (a - origin + b - origin), rtol=1e-5, atol=1e-6)
     assert table["merged-linear"] != table["ta"]
 
 
