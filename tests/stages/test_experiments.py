@@ -33,8 +33,8 @@ def written(tmp_path_factory):
         "arms": [
             {"name": "target", "model": "target", "seeds": [0]},
             {"name": "clm", "clm": True, "tune": True},
-            {"name": "half", "clm_weight": 0.5, "tuned_as": "clm"},
-            {"name": "merged", "merge": {"method": "linear", "targets": ["clm", "half"]}, "seeds": [0]},
+            {"name": "half, tuned", "clm_weight": 0.5, "tuned_as": "clm"},
+            {"name": "merged", "merge": {"method": "linear", "targets": ["clm", "half, tuned"]}, "seeds": [0]},
             {"name": "both", "ensemble": ["clm", "source:a"], "seeds": [0]},
         ],
         "scales": {"longer": {"train.max_steps": 5}},
@@ -50,21 +50,24 @@ def test_an_experiment_runs_once_and_says_what_it_found(written):
     words = ["run", str(written), "--out", str(out)]
     found = command("experiments", words)
     rows = {(row["arm"], row["seed"]): row for row in found.data["rows"]}
-    assert set(rows) == {("target", 0), ("merged", 0), ("both", 0)} | {(a, s) for a in ("clm", "half") for s in (0, 1)}
-    assert rows["clm", 0]["chosen"] == rows["half", 1]["chosen"] == 1e-2  # 1e-4 hardly moves in four steps
+    assert set(rows) == {("target", 0), ("merged", 0), ("both", 0)} | {
+        (a, s) for a in ("clm", "half, tuned") for s in (0, 1)
+    }
+    assert rows["clm", 0]["chosen"] == rows["half, tuned", 1]["chosen"] == 1e-2  # 1e-4 hardly moves in four steps
     assert rows["clm", 0]["bits_per_byte"] != rows["clm", 1]["bits_per_byte"]  # another order
     assert rows["clm", 0]["bits_per_byte"]["test"]["mean"] < rows["target", 0]["bits_per_byte"]["test"]["mean"]
-    assert rows["half", 0]["supervised"] > 0.1 and rows["clm", 0]["supervised"] is None
+    assert rows["half, tuned", 0]["supervised"] > 0.1 and rows["clm", 0]["supervised"] is None
     assert len(list((out / "captured").iterdir())) == 2 and len(list((out / "corpus").iterdir())) == 1
     made = json.loads((out / "results" / "mini.json").read_text())
-    assert [row["arm"] for row in made["summary"]] == ["target", "clm", "half", "merged", "both"]
-    assert "| half | 2 |" in (out / "results" / "mini.md").read_text()
+    assert [row["arm"] for row in made["summary"]] == ["target", "clm", "half, tuned", "merged", "both"]
+    assert "| half, tuned | 2 |" in (out / "results" / "mini.md").read_text()
     assert (out / "results" / "mini.png").stat().st_size > 1000
     # Everything stands: nothing is trained or evaluated again, and seeds and arms can be picked.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")}
-    again = command("experiments", [*words, "--arms", "half,clm", "--seeds", "1"])
-    assert [(row["arm"], row["seed"]) for row in again.data["rows"]] == [("clm", 1), ("half", 1)]
-    assert again.data["rows"][1] == rows["half", 1]
+    again = command("experiments", [*words, "--arms", "half, tuned,clm", "--seeds", "1"])
+    assert [(row["arm"], row["seed"]) for row in again.data["rows"]] == [("clm", 1), ("half, tuned", 1)]
+    assert again.data["rows"][1] == rows["half, tuned", 1]
+    assert "--arms 'half, tuned,clm' --seeds 1`" in (out / "results" / "mini.md").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")}
 
 

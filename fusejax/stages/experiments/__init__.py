@@ -9,6 +9,7 @@ __all__ = ["command", "run_experiment"]
 import importlib.metadata
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -104,7 +105,10 @@ def command(name: str, words: list[str]) -> Result:
     )
     facts = _facts() | {"seconds": round(time.monotonic() - start, 1)}
     facts["seconds_of_rows"] = round(sum(row.seconds for row in rows), 1)
-    words = ["fusejax", "experiments", "run", given.experiment, *(["--scale", given.scale] if given.scale else [])]
+    words = ["fusejax", "experiments", "run", given.experiment]
+    for option in ("scale", "arms", "seeds"):
+        if value := getattr(given, option):
+            words += [f"--{option}", shlex.quote(value)]
     place = given.results or given.out / "results"
     table = write_results(experiment, rows, place, command=" ".join(words), facts=facts)
     data = {"experiment": experiment.name, "rows": [row._asdict() for row in rows], "results": str(place), **facts}
@@ -130,12 +134,16 @@ def _find(name: str) -> Path:
 
 
 def _chosen(text: str | None, known: Sequence[str], what: str) -> list[str] | None:
+    """The names in a list that commas divide; a name may have commas of its own."""
     if text is None:
         return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    for name in names:
-        if name not in known:
-            raise InputError(f"no {what} {name!r}.{nearest(name, known)} There are: {', '.join(known)}")
+    parts, names = [part.strip() for part in text.split(",") if part.strip()], []
+    while parts:
+        length = next((n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]) in known), None)
+        if length is None:
+            raise InputError(f"no {what} {parts[0]!r}.{nearest(parts[0], known)} There are: {', '.join(known)}")
+        names.append(", ".join(parts[:length]))
+        parts = parts[length:]
     return names
 
 
