@@ -73,13 +73,19 @@ def test_an_experiment_runs_once_and_says_what_it_found(written):
 
 def test_what_does_not_exist_is_refused(written):
     values = yaml.safe_load(written.read_text())
+    clm = {"name": "clm", "clm": True}
+    merge = {"targets": ["target", "source:a"]}
     for change, match in [
         (
             {"arms": [{"name": "clm", "clm": True, "set": {"train.learning_rat": 1}}]},
             "train.learning_rat.*learning_rate",
         ),
         ({"arms": [{"name": "clm", "model": "sauce:a"}]}, "source:a"),
-        ({"baseline": "cml"}, "clm"),
+        ({"arms": [clm, {"name": "m", "merge": merge | {"method": "varm"}}]}, "arm 'm': varm .*base"),
+        (
+            {"arms": [clm, {"name": "m", "merge": merge | {"method": "slerp", "base": "target"}}]},
+            "slerp goes from the base",
+        ),
         ({"arms": [{"name": "clm", "clm": True, "model": "target"}]}, "exclude each other"),
         ({"arms": [{"name": "clm", "clm": True, "tuned_as": "half"}]}, "tuned as 'half'"),
         ({"sedes": [0]}, "seeds"),

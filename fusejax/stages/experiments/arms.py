@@ -21,6 +21,7 @@ from fusejax.errors import InputError, nearest
 from fusejax.evaluation import Evaluation, by_domain, ensemble_evaluations
 from fusejax.io.manifest import read_manifest, write_json
 from fusejax.io.models import model_fingerprint
+from fusejax.merging.registry import resolve
 from fusejax.report import read_series
 from fusejax.stages.capture import describe
 from fusejax.stages.context import finished
@@ -33,6 +34,17 @@ from fusejax.stages.train import train_arm
 _BEFORE_TRAINING = ("prepare", "capture", "align", "fuse")
 SPLITS = ("valid", "test")
 _CURVE = "eval/valid_bits_per_byte"
+
+
+def _check_merge(name: str, recipe: dict[str, Any]) -> None:
+    """Refuses a merge that could not be made once its models have been trained."""
+    method, has_base, count = str(recipe["method"]), recipe.get("base") is not None, len(recipe["targets"])
+    try:
+        resolve(method, recipe.get("parameters") or {}, count, has_base)
+        if method == "slerp" and has_base and count > 1:
+            raise InputError(f"{method} goes from the base to one other model; leave the base out or give one target.")
+    except InputError as error:
+        raise InputError(f"arm {name!r}: {error}") from error
 
 
 def _whole(config: RunConfig) -> dict[str, Any]:
@@ -78,6 +90,8 @@ class Lab:
         """Refuses an experiment of which some arm is no valid configuration or is made of what there is not."""
         names = [arm.name for arm in self.experiment.arms]
         for arm in self.experiment.arms:
+            if arm.merge is not None:
+                _check_merge(arm.name, arm.merge)
             for seed in self.experiment.seeds_of(arm):
                 config = self.config(arm, seed)
                 known = ["target", *(f"source:{source.name}" for source in config.sources), *names]
