@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-import tokenizers
 
 from fusejax.data import chat_export
 from fusejax.data.chat import ChatTemplate, template_of
@@ -14,6 +13,7 @@ from fusejax.errors import InputError
 from fusejax.io.tokenizer_rendered import encode_rendered
 from fusejax.io.tokenizers import load_tokenizer
 from fusejax.stages.chat import prompt_of
+from tests.data.special_tokens import add_special_tokens
 from tests.stages.tiny import texts
 
 TALK = [
@@ -22,8 +22,6 @@ TALK = [
     ("user", 'and "then"?'),
     ("assistant", "Seven!"),
 ]
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>"]
-SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
 PLAIN = ("openchat_3.5", "vicuna", "llama-2", "mistral", "zephyr")  # need no token beside bos and eos
 
 
@@ -32,9 +30,7 @@ def _directory(place, kind: str, *, special: bool):
     directory = place / f"{kind}-{special}"
     train_tokenizer(texts(100, seed=1), kind=kind, vocab_size=320, out_dir=directory)
     if special:
-        raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        raw.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-        raw.save(str(directory / "tokenizer.json"))
+        add_special_tokens(directory)
     return directory
 
 

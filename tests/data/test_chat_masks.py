@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tokenizers
 
 from fusejax.data.chat import template_of
 from fusejax.data.chat_templates import NAMED_TEMPLATES
@@ -16,11 +15,10 @@ from fusejax.data.encoding import DocumentEncoder
 from fusejax.data.spans import conversation
 from fusejax.data.tokenizer_training import train_tokenizer
 from fusejax.io.tokenizers import load_tokenizer
+from tests.data.special_tokens import add_special_tokens
 from tests.paths import DATA, GOLDEN, needs_data, needs_golden
 from tests.stages.tiny import texts
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>"]
-SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
 # Two answers, the first of which repeats the question and spells a stop token.
 TALK = [
     ("user", "Say it: é 4."),
@@ -54,18 +52,7 @@ def place(tmp_path_factory):
 def _directory(place, kind):
     directory = place / kind
     train_tokenizer(texts(100, seed=1), kind=kind, vocab_size=400, out_dir=directory)
-    return _added(directory, directory, SPECIAL)
-
-
-def _added(source, directory, special, **names):
-    """A copy of a tokenizer with more special tokens, and other names for its own."""
-    if source != directory:
-        shutil.copytree(source, directory)
-    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    raw.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    raw.save(str(directory / "tokenizer.json"))
-    config = json.loads((directory / "tokenizer_config.json").read_text())
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | names))
+    add_special_tokens(directory)
     return directory
 
 
@@ -108,7 +95,11 @@ GOLDEN_TALKS = [("mistral-v1", "<|end_of_turn|>", "E", "base", 0), ("gpt2", "<|e
 @needs_golden
 @pytest.mark.parametrize(("name", "stop", "pair", "side", "late"), GOLDEN_TALKS, ids=["mistral", "gpt2"])
 def test_fusechat_s_masks(tmp_path, name, stop, pair, side, late):
-    directory = _added(DATA / "tokenizers" / name, tmp_path / name, [stop], eos_token=stop)
+    directory = tmp_path / name
+    shutil.copytree(DATA / "tokenizers" / name, directory)
+    add_special_tokens(directory, [stop])
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": stop}))
     with gzip.open(GOLDEN / "alignment" / f"fusechat_align_{pair}.json.gz", "rt") as file:
         samples = [sample for sample in json.load(file)["samples"] if "messages" in sample]
     assert len(samples) >= 2

@@ -81,6 +81,7 @@ def test_what_does_not_exist_is_refused(written):
             "train.learning_rat.*learning_rate",
         ),
         ({"arms": [{"name": "clm", "model": "sauce:a"}]}, "source:a"),
+        ({"baseline": "cml"}, "clm"),
         ({"arms": [clm, {"name": "m", "merge": merge | {"method": "varm"}}]}, "arm 'm': varm .*base"),
         (
             {"arms": [clm, {"name": "m", "merge": merge | {"method": "slerp", "base": "target"}}]},
