@@ -19,8 +19,6 @@ def test_the_benchmark_runs(tmp_path):
     assert 0 < row["cpu_seconds"] < 60
     assert row["peak_bytes"] > 10**7
     assert row["baseline"] is None  # nothing was published at this scale
-    assert row["within_bound"] == (row["peak_bytes"] <= row["bound_bytes"])
-    # At this scale compiling is most of it: on a busy machine some tens of MB more for a moment.
-    assert row["peak_bytes"] <= row["bound_bytes"] + 50e6
+    assert row["within_bound"]
     assert "| ties 0.6 |" in (tmp_path / "rows.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.md"]

@@ -271,8 +271,7 @@ def test_memory_does_not_grow_with_the_model_and_a_kill_leaves_no_half_model(tmp
     found = subprocess.run([*call, *words], env=environment, capture_output=True, text=True, check=True)
     peak = int(found.stdout.split("PEAK ")[1])
     largest = 2 * 1024 * 2048
-    # The promised bound has 200 MB beside the matrices; compiling on a busy machine takes some tens more for a moment.
-    assert peak <= 2 * largest * 4 + 250e6
+    assert peak <= 2 * largest * 4 + 200e6
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size > 70e6
 
