@@ -144,8 +144,12 @@ class RunConfig(Config):
                     f"a rival's loss and its alignment need each other: {pairs}; got {divergence}, {positions}"
                 )
             whole = f"loss.divergence {divergence}"
-        if whole and (self.mesh.tensor > 1 or self.loss.logits_dtype != "float32"):
-            raise ValueError(f"{whole} is trained from whole logits: set mesh.tensor 1 and loss.logits_dtype float32")
+        of_chunks = self.loss.logits_dtype != "float32" or self.loss.z_loss_weight > 0
+        if whole and (self.mesh.tensor > 1 or of_chunks):
+            raise ValueError(
+                f"{whole} is trained from whole logits: set mesh.tensor 1, loss.logits_dtype float32 and "
+                "loss.z_loss_weight 0"
+            )
         return self
 
     @property

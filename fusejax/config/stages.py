@@ -141,6 +141,9 @@ class LossConfig(Config):
     logits_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of one chunk's logits; bfloat16 halves them for a less exact gradient."
     )
+    z_loss_weight: float = Field(
+        default=0.0, ge=0, description="Adds this times (log sum exp logits)^2 to the CLM loss; PaLM's: 1e-4."
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> "LossConfig":

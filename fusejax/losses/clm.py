@@ -25,6 +25,6 @@ def clm_loss(
     """
     vocab = logits.shape[-1]
     flat = labels.reshape(-1, 1)
-    rows = lse_gather(logits.reshape(-1, vocab), flat, softcap=softcap, valid_vocab=valid_vocab)
+    rows = lse_gather(logits.reshape(-1, vocab), flat, softcap=softcap, valid_vocab=valid_vocab, relative=True)
     known = (flat[:, 0] >= 0) & (flat[:, 0] < (vocab if valid_vocab is None else valid_vocab))
     return clm_nats(rows.z[:, 0], rows.lse[:, 0], known & (mask.reshape(-1) != 0)).reshape(jnp.shape(labels))

@@ -53,7 +53,12 @@ def topk_divergence(
         ids, event, _ = expand_events(kept, groups, max_members=max_members)
     limit = vocab if valid_vocab is None else valid_vocab
     rows = lse_gather(
-        logits.reshape(-1, vocab), ids, temperatures=(temperature,), softcap=softcap, valid_vocab=valid_vocab
+        logits.reshape(-1, vocab),
+        ids,
+        temperatures=(temperature,),
+        softcap=softcap,
+        valid_vocab=valid_vocab,
+        relative=True,
     )
     out = event_divergence(
         rows.z,

@@ -25,9 +25,11 @@ from fusejax.types import EventGroups, FusionBatch, TopK
 from pallas_kernels.fused_softmax_kl import (
     LinearOptions,
     Targets,
+    TokenLosses,
     chunk_tokens,
     linear_loss_and_gradients,
     merge_duplicates,
+    weighted_sum,
 )
 
 __all__ = ["accelerator_chunk", "batch_fusion_loss"]
@@ -98,14 +100,14 @@ def _local(
     max_members: int,
     token_axes: tuple[str, ...],
 ) -> tuple:
-    """One device's part: returns ((clm [b, t], kl [b, t, M]), folded [b, t], (dhidden, dhead) or None)."""
+    """One device's part: returns (losses [b, t, ...], folded [b, t], (dhidden, dhead) or None)."""
     shape = hidden.shape[:2]
     flatten = functools.partial(jax.tree.map, lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
     restore = functools.partial(jax.tree.map, lambda x: x.reshape(*shape, *x.shape[1:]))
     options = options._replace(expand=lambda chunk: _expand(chunk, groups, max_members))
     flat, rows, masks, weights = flatten((hidden, rows, masks, weights))
     out, dhidden, dhead = linear_loss_and_gradients(flat, head, rows, masks, weights, options)
-    out, folded = restore((tuple(out), _folded(rows, groups, max_members)))
+    out, folded = restore((out, _folded(rows, groups, max_members)))
     if dhidden is None or dhead is None:
         return out, folded, None
     if token_axes:
@@ -123,26 +125,21 @@ def _run(static: tuple, hidden: Array, head: Array, rows: _Rows, groups: Any, ma
         local,
         mesh=place.mesh,
         in_specs=(tokens, kernel, tokens, P(), tokens, tokens),
-        out_specs=((tokens, tokens), tokens, None if weights is None else (tokens, kernel)),
+        out_specs=(tokens, tokens, None if weights is None else (tokens, kernel)),
         check_vma=False,
     )
     return mapped(hidden, head, rows, groups, masks, weights)
 
 
-def _weighted(out: tuple, masks: tuple, weights: tuple) -> Array:
-    clm, kl = (jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
-    return clm + kl
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(static: tuple, hidden: Array, head: Array, rows: _Rows, groups: Any, masks: tuple, weights: tuple) -> tuple:
+def _fused(static: tuple, hidden: Array, head: Array, rows: _Rows, groups: Any, masks: tuple, weights: Any) -> tuple:
     out, folded, _ = _run(static, hidden, head, rows, groups, masks, None)
-    return _weighted(out, masks, weights), out, folded
+    return weighted_sum(out, weights), out, folded
 
 
 def _fused_forward(static: tuple, hidden: Array, head: Array, *rest: Any) -> tuple:
     out, folded, gradients = _run(static, hidden, head, *rest)
-    return (_weighted(out, *rest[-2:]), out, folded), gradients
+    return (weighted_sum(out, rest[-1]), out, folded), gradients
 
 
 def _fused_backward(static: tuple, gradients: tuple, cotangent: tuple) -> tuple:
@@ -217,13 +214,15 @@ def batch_fusion_loss(
       max_members: slots for the members of one distribution's events; what does not fit joins the rest.
       denominator: trained tokens of the whole step over all its micro-batches and devices; None: of this batch.
       mesh: None: one device; else tokens are split over `token_axes`, the vocabulary over `vocab_axis`.
-      **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab, logits_dtype.
+      **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab, logits_dtype,
+        z_loss_weight (of CLM, so `clm_weight * z_loss_weight` of the loss).
 
     Returns:
       (loss [] float32, metrics: float32 scalars `clm_nats` per trained token, `fusion_nats` per supervised token,
       `tokens`, `supervised_tokens`, `folded_events`; `floored_rests`, the distributions whose rest is below the floor;
       with groups also, [S] float32 per row of them: `source_tokens`, the positions it supervises, `source_nats`, its
-      mean divergence there, `source_share`, its part of the weights of the supervised positions).
+      mean divergence there, `source_share`, its part of the weights of the supervised positions; with a z-loss also
+      `z_loss`, its mean per trained token).
 
     Raises:
       InputError: sizes that the mesh cannot split; ValueError: options that cannot be used.
@@ -237,7 +236,8 @@ def batch_fusion_loss(
     settings = settings._replace(vocab_axis=place.vocab_axis)
     count = jnp.maximum((batch.mask != 0).sum(dtype=jnp.float32), 1.0) if denominator is None else denominator
     masks = supervision_masks(batch)
-    weights = position_weights(batch, masks, clm_weight, fusion_weight, count, unsupervised=unsupervised)
+    clm, kl = position_weights(batch, masks, clm_weight, fusion_weight, count, unsupervised=unsupervised)
+    weights = TokenLosses(clm, kl, settings.z_loss_weight * clm)
     rows, masks, weights = _put(
         (_Rows(batch.labels, batch.targets, batch.partition), masks, weights), place, place.tokens()
     )
@@ -246,6 +246,7 @@ def batch_fusion_loss(
     result: Any = _fused((place, settings, max_members), hidden, head, rows, groups, masks, weights)
     loss, out, folded = result
     sources = 0 if groups is None else groups.offsets.shape[0]
-    return loss, jax.lax.stop_gradient(
-        batch_metrics(out, folded, masks, batch, batch.targets.residual_logprob, sources)
-    )
+    metrics = batch_metrics(out[:2], folded, masks, batch, batch.targets.residual_logprob, sources)
+    if settings.z_loss_weight:
+        metrics["z_loss"] = out.z_loss.sum() / jnp.maximum(metrics["tokens"], 1.0)
+    return loss, jax.lax.stop_gradient(metrics)

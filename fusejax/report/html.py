@@ -27,6 +27,7 @@ PANELS = {
     "loss": "Loss (nats per token)",
     "clm_nats": "Causal LM loss (nats per token)",
     "fusion_nats": "Fusion loss (nats per supervised token)",
+    "z_loss": "Square of the log normaliser (per token)",
     "eval/valid_bits_per_byte": "Held-out text (bits per byte)",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",

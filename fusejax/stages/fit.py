@@ -245,7 +245,7 @@ def loss_function(
     options = dict(loss)
     compute = batch_fusion_loss
     if options.pop("whole", False):
-        compute, options = batch_whole_loss, _without(options, "max_members", "logits_dtype")
+        compute, options = batch_whole_loss, _without(options, "max_members", "logits_dtype", "z_loss_weight")
 
     def loss_fn(params: Any, batch: Any, denominator: Any) -> Any:
         given = batch.tokens, batch.positions, batch.segment_ids

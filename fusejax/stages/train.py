@@ -55,6 +55,7 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
     loss: dict[str, Any] = config.loss.model_dump(mode="json")
     if not fusing:
         loss = {"clm_weight": config.loss.clm_weight + config.loss.fusion_weight, "fusion_weight": 0.0}
+        loss |= {"z_loss_weight": config.loss.z_loss_weight}
     settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": _said(loss)}
     settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
     settings |= {"memory": config.memory.model_dump(mode="json")}
@@ -173,7 +174,7 @@ def _said(loss: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in loss.items() if (name, value) not in _ALWAYS.items()}
 
 
-_ALWAYS = {"unsupervised": "clm"}
+_ALWAYS = {"unsupervised": "clm", "z_loss_weight": 0.0}
 _WITHOUT_EFFECT = {"baseline", "checkpoint_every", "evaluate_every", "log_every", "tensorboard"}
 
 

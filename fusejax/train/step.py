@@ -31,6 +31,7 @@ MEANS = {  # metric: the count it is a mean over
     "fusion_nats": "supervised_tokens",
     "source_nats": "source_tokens",
     "source_share": "supervised_tokens",
+    "z_loss": "tokens",
 }
 LossFn = Callable[[Any, FusionBatch, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limit])

@@ -12,6 +12,7 @@ from pallas_kernels.fused_softmax_kl.linear import (
     linear_fused_softmax_kl,
     linear_fusion_loss,
     linear_loss_and_gradients,
+    weighted_sum,
 )
 from pallas_kernels.fused_softmax_kl.losses import (
     DIVERGENCES,
@@ -24,6 +25,7 @@ from pallas_kernels.fused_softmax_kl.losses import (
     event_divergence,
     merge_duplicates,
     rest_floored,
+    z_loss,
 )
 from pallas_kernels.fused_softmax_kl.tiling import chunk_tokens
 
@@ -46,4 +48,6 @@ __all__ = [
     "lse_gather",
     "merge_duplicates",
     "rest_floored",
+    "weighted_sum",
+    "z_loss",
 ]

@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class LseGather(NamedTuple):
-    """Log-sum-exp of each row per temperature, and the row's logits at the ids."""
+    """Log-sum-exp of each row per temperature, and the row's logits at the ids; see `lse_gather`'s `relative`."""
 
     lse: Array  # [T, n] float32
     z: Array  # [T, G] float32
@@ -47,6 +47,7 @@ def lse_gather(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     vocab_axis: str | None = None,
+    relative: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> LseGather:
@@ -60,6 +61,9 @@ def lse_gather(
       softcap: replaces z by `softcap * tanh(z / softcap)` first, in `z` and `lse` alike.
       valid_vocab: columns from here on are padding: they count nowhere.
       vocab_axis: inside `jax.shard_map`, the mesh axis over which the vocabulary is split; `ids` are global.
+      relative: `z` without the row's maximum, and `lse` of such logits: exact for logits of any size, where float32
+        holds a log-sum-exp of 1e4 to 5e-4 only. The maximum counts as a constant in the derivative, so this is for
+        losses that do not change when a row is shifted: cross-entropy and divergences do not, a z-loss does.
       implementation: None, "xla", "tpu", "mosaic_gpu" or "reference".
       interpret: runs a kernel in Pallas's interpreter, on any device; for tests.
 
@@ -75,25 +79,31 @@ def lse_gather(
         if vocab_axis is not None:
             raise ValueError("implementation='reference' is dense and cannot take vocab_axis; use 'xla'")
         options = {"temperatures": spec.temperatures, "softcap": softcap, "valid_vocab": valid_vocab}
-        return LseGather(*reference.lse_gather(logits, ids, **options))
-    return _lse_gather(spec, logits, ids)
+        return LseGather(*reference.lse_gather(logits, ids, relative=relative, **options))
+    return _lse_gather((spec, relative), logits, ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lse_gather(spec: Spec, logits: Array, ids: Array) -> LseGather:
-    return _lse_gather_forward(spec, logits, ids)[0]
+def _lse_gather(static: tuple[Spec, bool], logits: Array, ids: Array) -> LseGather:
+    return _lse_gather_forward(static, logits, ids)[0]
 
 
-def _lse_gather_forward(spec: Spec, logits: Array, ids: Array) -> tuple[LseGather, tuple[Array, Array, RowGather]]:
+def _lse_gather_forward(
+    static: tuple[Spec, bool], logits: Array, ids: Array
+) -> tuple[LseGather, tuple[Array, Array, RowGather]]:
+    spec, relative = static
     stats = primitive.statistics(logits, ids, spec)
+    if relative:
+        return LseGather(stats.logsum, stats.z), (logits, ids, stats)
     lse = stats.logsum + stats.shift[:, None] / jnp.asarray(spec.temperatures, jnp.float32)
     valid = primitive.valid_ids(ids, primitive.whole_vocab(logits.shape[1], spec), spec.valid_vocab)
     return LseGather(lse, jnp.where(valid, stats.z + stats.shift[:, None], 0.0)), (logits, ids, stats)
 
 
-def _lse_gather_backward(spec: Spec, saved: tuple, cotangent: LseGather) -> tuple[Array, None]:
+def _lse_gather_backward(static: tuple[Spec, bool], saved: tuple, cotangent: LseGather) -> tuple[Array, None]:
     logits, ids, stats = saved
-    return primitive.logits_gradient(logits, ids, stats, cotangent.lse, cotangent.z, spec, dtype=logits.dtype), None
+    cotangents = cotangent.lse, cotangent.z
+    return primitive.logits_gradient(logits, ids, stats, *cotangents, static[0], dtype=logits.dtype), None
 
 
 _lse_gather.defvjp(_lse_gather_forward, _lse_gather_backward)

@@ -46,8 +46,15 @@ def platform() -> str:
     return "cuda" if name == "gpu" else name
 
 
-def choose(name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.dtype) -> str:
+def choose(
+    name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.dtype, *, out: jnp.dtype | None = None
+) -> str:
     """Returns the backend for logits [tokens, vocab] and `gathered` ids: "xla", "tpu" or "mosaic_gpu".
+
+    Args:
+      name: of `implementation`.
+      tokens, vocab, gathered, dtype: of the logits and ids.
+      out: the gradient's dtype, None for the forward pass; each pass is chosen by itself.
 
     Raises:
       ValueError: a named backend cannot serve, and why.
@@ -58,7 +65,7 @@ def choose(name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.
     wanted = name or _KERNELS.get(platform(), "xla")
     if wanted == "xla":
         return "xla"
-    why = _backend(wanted).unsupported(tokens, vocab, gathered, dtype)
+    why = _backend(wanted).unsupported(tokens, vocab, gathered, dtype, out=out)
     if why is None:
         return wanted
     if name is None:
@@ -69,7 +76,8 @@ def choose(name: str | None, tokens: int, vocab: int, gathered: int, dtype: jnp.
 def _run(
     function: str, logits: Array, ids: Array, limit: Array | int | None, spec: "Spec", rest: tuple, **options: Any
 ) -> Any:
-    backend = choose(spec.implementation, logits.shape[0], logits.shape[1], ids.shape[1], logits.dtype)
+    shape = *logits.shape, ids.shape[1]
+    backend = choose(spec.implementation, *shape, logits.dtype, out=options.get("dtype"))
     options |= {"temperatures": spec.temperatures, "softcap": spec.softcap}
 
     def portable(logits: Array, ids: Array, rest: tuple, *limits: Array):

@@ -30,6 +30,7 @@ __all__ = [
     "linear_fused_softmax_kl",
     "linear_fusion_loss",
     "linear_loss_and_gradients",
+    "weighted_sum",
 ]
 
 Array = jax.Array
@@ -59,6 +60,7 @@ class LinearOptions(NamedTuple):
     vocab_axis: str | None = None
     implementation: str | None = None
     logits_dtype: str | None = None
+    z_loss_weight: float = 0.0
     interpret: bool = False
     expand: Callable[[Any], Targets] | None = None
 
@@ -67,7 +69,7 @@ class _Chunk(NamedTuple):
     hidden: Array  # [c, D]
     targets: Any  # leaves [c, ...]
     masks: tuple[Array, Array]  # ([c], [c, M]) bool: which losses are wanted
-    weights: tuple[Array, Array]  # ([c], [c, M]) float32: the cotangents of (clm, kl)
+    weights: losses.TokenLosses  # ([c], [c, M], [c]) float32: the cotangents of the losses
 
 
 def _logits(hidden: Array, head: Array, options: LinearOptions) -> Array:
@@ -80,14 +82,19 @@ def _spec(options: LinearOptions) -> primitive.Spec:
     return primitive.Spec(temperatures, *fields)
 
 
-def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options: LinearOptions, vocab: int) -> tuple:
-    """Returns (clm [c], kl [c, M]) from the statistics at 1 (and temperature) and z at [label, ids]."""
-    real = primitive.valid_ids(targets.labels, vocab, options.valid_vocab)
-    clm = losses.clm_nats(z[:, 0], stats_lse[:, 0], real & chunk.masks[0])
+def _losses(
+    lse: Array, z: Array, shift: Array, targets: Targets, chunk: _Chunk, options: LinearOptions, vocab: int
+) -> losses.TokenLosses:
+    """Returns the chunk's losses from the log-sum-exps at 1 (and the temperature) and z at [label, ids].
+
+    Both are relative to `shift` [c], which only the z-loss needs.
+    """
+    real = primitive.valid_ids(targets.labels, vocab, options.valid_vocab) & chunk.masks[0]
+    clm = losses.clm_nats(z[:, 0], lse[:, 0], real)
     event = jnp.where(primitive.valid_ids(targets.ids, vocab, options.valid_vocab), targets.event, -1)
     kl = losses.event_divergence(
         z[:, 1:],
-        stats_lse[:, -1],
+        lse[:, -1],
         event,
         targets.logprobs,
         targets.rest_logprob,
@@ -97,11 +104,11 @@ def _losses(stats_lse: Array, z: Array, targets: Targets, chunk: _Chunk, options
         temperature=options.temperature,
         scale_by_temperature_squared=options.scale_by_temperature_squared,
     )
-    return clm, kl
+    return losses.TokenLosses(clm, kl, losses.z_loss(lse[:, 0] + shift, real))
 
 
 def _chunk_pass(chunk: _Chunk, head: Array, dhead: Array | None, options: LinearOptions) -> tuple:
-    """Returns ((clm, kl), dhidden, `dhead` plus the chunk's part); without `dhead`, no gradients.
+    """Returns (the losses, dhidden, `dhead` plus the chunk's part); without `dhead`, no gradients.
 
     The chunk's weights are the cotangents.
     """
@@ -114,8 +121,8 @@ def _chunk_pass(chunk: _Chunk, head: Array, dhead: Array | None, options: Linear
     ids = jnp.concatenate([targets.labels[:, None], targets.ids], axis=1)
     stats = primitive.statistics(z, ids, spec)
 
-    def from_statistics(logsum: Array, gathered: Array) -> tuple:
-        return _losses(logsum, gathered, targets, chunk, options, vocab)
+    def from_statistics(logsum: Array, gathered: Array) -> losses.TokenLosses:
+        return _losses(logsum, gathered, stats.shift, targets, chunk, options, vocab)
 
     if dhead is None:
         return from_statistics(stats.logsum, stats.z), None, None
@@ -162,12 +169,12 @@ def _scan(rows: _Chunk, head: Array, options: LinearOptions, *, gradients: bool)
 
     # The scalar zero gives the carry the axes over which the tokens vary inside a shard_map.
     start = jnp.zeros_like(head, dtype=jnp.float32) + jnp.zeros_like(rows.weights[0], shape=()) if gradients else None
-    dhead, ((clm, kl), dhidden) = lax.scan(body, start, chunks)
+    dhead, (out, dhidden) = lax.scan(body, start, chunks)
 
     def join(x: Array) -> Array:
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:tokens]
 
-    return losses.TokenLosses(join(clm), join(kl)), None if dhidden is None else join(dhidden), dhead
+    return jax.tree.map(join, out), None if dhidden is None else join(dhidden), dhead
 
 
 def _dense(rows: _Chunk, head: Array, options: LinearOptions) -> losses.TokenLosses:
@@ -182,7 +189,8 @@ def _dense(rows: _Chunk, head: Array, options: LinearOptions) -> losses.TokenLos
         softcap=options.softcap,
         valid_vocab=options.valid_vocab,
     )
-    return losses.TokenLosses(*_losses(lse, z, targets, rows, options, matmuls.vocab_size(head, options.head_layout)))
+    zero = jnp.zeros_like(lse[:, 0])
+    return _losses(lse, z, zero, targets, rows, options, matmuls.vocab_size(head, options.head_layout))
 
 
 def _check(hidden: Array, head: Array, options: LinearOptions) -> None:
@@ -195,6 +203,8 @@ def _check(hidden: Array, head: Array, options: LinearOptions) -> None:
     if options.chunk is not None and options.chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {options.chunk}")
     dispatch.check_implementation(options.implementation)
+    if not options.z_loss_weight >= 0:
+        raise ValueError(f"z_loss_weight must not be negative, got {options.z_loss_weight}")
     if options.logits_dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"logits_dtype must be 'float32' or 'bfloat16', got {options.logits_dtype!r}")
     if options.implementation == "reference" and options.vocab_axis is not None:
@@ -206,7 +216,7 @@ def linear_loss_and_gradients(
     head: Array,
     targets: Any,
     masks: tuple[Array, Array],
-    weights: tuple[Array, Array] | None,
+    weights: losses.TokenLosses | None,
     options: LinearOptions,
 ) -> tuple[losses.TokenLosses, Any, Any]:
     """Returns the losses of every position and the gradients of their weighted sum, in one pass.
@@ -214,31 +224,38 @@ def linear_loss_and_gradients(
     Args:
       hidden: [T, D]; head: [D, V] or [V, D] as `options.head_layout` says (the local shard with `vocab_axis`).
       targets: `Targets`, or what `options.expand` turns into them; every leaf has a leading axis T.
-      masks: ([T], [T, M]) bool, which losses are wanted; the others are exact zeros.
-      weights: ([T], [T, M]) float32, the weights of the sum; None: losses only.
+      masks: ([T], [T, M]) bool, which of (clm and z-loss, kl) are wanted; the others are exact zeros.
+      weights: ([T], [T, M], [T]) float32, the weights of the sum; None: losses only. `options.z_loss_weight` is for
+        the callers: here the third of the weights says it.
 
     Returns:
-      (`TokenLosses(clm [T], kl [T, M])`, dhidden [T, D] in hidden's dtype, dhead float32; None
+      (`TokenLosses(clm [T], kl [T, M], z_loss [T])`, dhidden [T, D] in hidden's dtype, dhead float32; None
       both without weights).
     """
     _check(hidden, head, options)
-    wanted = weights is not None
-    rows = _Chunk(hidden, targets, masks, weights if wanted else jax.tree.map(jnp.float32, masks))
-    return _scan(rows, head, options, gradients=wanted)
+    rows = _Chunk(hidden, targets, masks, weights if weights is not None else _for_each(masks))
+    return _scan(rows, head, options, gradients=weights is not None)
+
+
+def _for_each(masks: tuple) -> losses.TokenLosses:
+    """Returns the masks (clm, kl) as one for each loss, float32."""
+    return losses.TokenLosses(*(x.astype(jnp.float32) for x in (*masks, masks[0])))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unreduced(options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple) -> tuple:
-    return tuple(linear_loss_and_gradients(hidden, head, targets, masks, None, options)[0])
+def _unreduced(
+    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple
+) -> losses.TokenLosses:
+    return linear_loss_and_gradients(hidden, head, targets, masks, None, options)[0]
 
 
-def _unreduced_forward(options: LinearOptions, *arrays: Any) -> tuple:
+def _unreduced_forward(options: LinearOptions, *arrays: Any) -> tuple[losses.TokenLosses, tuple]:
     return _unreduced(options, *arrays), arrays
 
 
-def _unreduced_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
+def _unreduced_backward(options: LinearOptions, saved: tuple, cotangent: losses.TokenLosses) -> tuple:
     hidden, head, targets, masks = saved
-    weights = jax.tree.map(lambda mask, g: jnp.where(mask, g, 0.0), masks, cotangent)
+    weights = jax.tree.map(lambda mask, g: jnp.where(mask != 0, g, 0.0), _for_each(masks), cotangent)
     _, dhidden, dhead = linear_loss_and_gradients(hidden, head, targets, masks, weights, options)
     return dhidden, dhead.astype(head.dtype), None, None
 
@@ -246,24 +263,24 @@ def _unreduced_backward(options: LinearOptions, saved: tuple, cotangent: tuple) 
 _unreduced.defvjp(_unreduced_forward, _unreduced_backward)
 
 
-def _weighted_sum(out: tuple, masks: tuple, weights: tuple) -> Array:
-    clm, kl = (jnp.where(m, w * x, 0.0).sum() for x, m, w in zip(out, masks, weights, strict=True))
-    return clm + kl
+def weighted_sum(out: losses.TokenLosses, weights: losses.TokenLosses) -> Array:
+    """Returns the sum [] of the losses by their weights; a weight of 0 masks hard."""
+    return sum(jnp.where(w != 0, w * x, 0.0).sum() for x, w in zip(out, weights, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _one_pass(
-    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: tuple
-) -> tuple:
+    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: losses.TokenLosses
+) -> tuple[Array, losses.TokenLosses]:
     out = linear_loss_and_gradients(hidden, head, targets, masks, None, options)[0]
-    return _weighted_sum(out, masks, weights), tuple(out)
+    return weighted_sum(out, weights), out
 
 
 def _one_pass_forward(
-    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: tuple
+    options: LinearOptions, hidden: Array, head: Array, targets: Targets, masks: tuple, weights: losses.TokenLosses
 ) -> tuple:
     out, dhidden, dhead = linear_loss_and_gradients(hidden, head, targets, masks, weights, options)
-    return (_weighted_sum(out, masks, weights), tuple(out)), (dhidden, dhead.astype(head.dtype))
+    return (weighted_sum(out, weights), out), (dhidden, dhead.astype(head.dtype))
 
 
 def _one_pass_backward(options: LinearOptions, saved: tuple, cotangent: tuple) -> tuple:
@@ -315,7 +332,7 @@ def linear_fused_softmax_kl(
         chunk=None, valid_vocab=None, implementation=None, ...).
 
     Returns:
-      `TokenLosses(clm [T], kl [T] or [T, M])` float32, in nats.
+      `TokenLosses(clm [T], kl [T] or [T, M], z_loss [T])` float32; `z_loss_weight` plays no part here.
 
     Raises:
       ValueError: shapes or options that cannot be used.
@@ -325,11 +342,10 @@ def linear_fused_softmax_kl(
     targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
     masks = (mask != 0, jnp.broadcast_to((mask != 0)[:, None], targets.rest_logprob.shape))
     if settings.implementation == "reference":
-        clm, kl = _dense(_Chunk(hidden, targets, masks, masks), head, settings)
+        out = _dense(_Chunk(hidden, targets, masks, _for_each(masks)), head, settings)
     else:
         out: Any = _unreduced(settings, hidden, head, targets, masks)
-        clm, kl = out
-    return losses.TokenLosses(clm, kl if mixed else kl[:, 0])
+    return out if mixed else out._replace(kl=out.kl[:, 0])
 
 
 def linear_fusion_loss(
@@ -345,13 +361,15 @@ def linear_fusion_loss(
     event: Array | None = None,
     **options: Any,
 ) -> tuple[Array, losses.TokenLosses]:
-    """Returns `sum(clm_weights * clm) + sum(kl_weights * kl)`, its gradient computed in the forward scan.
+    """Returns `sum(clm_weights * (clm + z_loss_weight * z_loss)) + sum(kl_weights * kl)`.
+
+    The gradient is computed in the forward scan.
 
     Arguments are those of `linear_fused_softmax_kl`, with weights in the mask's place:
       clm_weights: [T] float32; kl_weights: [T] or [T, M] float32; 0 masks hard, and no gradient flows to them.
 
     Returns:
-      (loss [] float32, `TokenLosses(clm [T], kl [T] or [T, M])` without gradient).
+      (loss [] float32, `TokenLosses(clm [T], kl [T] or [T, M], z_loss [T])` without gradient).
 
     Raises:
       ValueError: shapes or options that cannot be used.
@@ -360,12 +378,13 @@ def linear_fusion_loss(
     _check(hidden, head, settings)
     targets, mixed = _normalised(labels, ids, logprobs, rest_logprob, event)
     kl_weights = kl_weights if mixed else kl_weights[:, None]
-    weights = lax.stop_gradient((clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
-    masks = jax.tree.map(lambda w: w != 0, weights)
+    clm_weights, kl_weights = lax.stop_gradient((clm_weights.astype(jnp.float32), kl_weights.astype(jnp.float32)))
+    masks = clm_weights != 0, kl_weights != 0
+    weights = losses.TokenLosses(clm_weights, kl_weights, settings.z_loss_weight * clm_weights)
     if settings.implementation == "reference":
-        clm, kl = _dense(_Chunk(hidden, targets, masks, weights), head, settings)
-        loss = _weighted_sum((clm, kl), masks, weights)
+        out = _dense(_Chunk(hidden, targets, masks, weights), head, settings)
+        loss = weighted_sum(out, weights)
     else:
-        out: Any = _one_pass(settings, hidden, head, targets, masks, weights)
-        loss, (clm, kl) = out
-    return loss, lax.stop_gradient(losses.TokenLosses(clm, kl if mixed else kl[:, 0]))
+        both: Any = _one_pass(settings, hidden, head, targets, masks, weights)
+        loss, out = both
+    return loss, lax.stop_gradient(out if mixed else out._replace(kl=out.kl[:, 0]))

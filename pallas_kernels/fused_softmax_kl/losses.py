@@ -7,11 +7,12 @@ logits; `Q_rest = 1 - sum_k Q_k`. All in log space.
 Conventions, each tested:
 * An entry with logprob -inf is not an event: its ids belong to the rest, so adding such entries changes nothing.
 * An event without any id of the vocabulary cannot be told from the rest: its probability joins P_rest.
-* The same id twice in one event counts once, and two events that share an id are one event with the summed
-  probability (`merge_duplicates`), as in a dense target that adds up.
+* The same id twice in one event counts once, and events that share an id, also by way of others, are one event with
+  the summed probability (`merge_duplicates`), as in a dense target that adds up.
 * `Q_rest` is floored at `REST_FLOOR`: below it, `1 - sum Q_k` is rounding noise in float32. The gradient keeps
   its direction there and stays bounded. `P_rest` is floored alike where its logarithm is needed (reverse KL).
 * No gradient flows to the targets. A masked position gives exact zeros in value and gradient, whatever it holds.
+* A row of logits that are all -inf is no distribution: its losses are +inf, its gradient zero.
 
 Tails: "bucket" keeps the rest as one more event; "renormalize" scales the P_k to sum to 1 and has no rest;
 "zero" takes the P_k as they are and has no rest. The model's softmax is never renormalised over the support:
@@ -36,6 +37,7 @@ __all__ = [
     "merge_duplicates",
     "rest_floored",
     "segment_logsumexp",
+    "z_loss",
 ]
 
 Array = jax.Array
@@ -45,10 +47,11 @@ REST_FLOOR = 1e-6
 
 
 class TokenLosses(NamedTuple):
-    """Unreduced losses of each position, float32, in nats."""
+    """Unreduced losses of each position, float32; the first two in nats."""
 
     clm: Array  # [T], cross-entropy of the label
     kl: Array  # [T] or [T, M], divergence from each target distribution
+    z_loss: Array  # [T], (log sum exp logits)^2 where there is a cross-entropy
 
 
 def check_options(*, divergence: str, tail: str, temperature: float) -> None:
@@ -64,8 +67,21 @@ def check_options(*, divergence: str, tail: str, temperature: float) -> None:
 
 
 def clm_nats(z_label: Array, lse: Array, mask: Array) -> Array:
-    """Returns the cross-entropy `lse - z_label` [T] in nats, exact zeros where not `mask`."""
-    return jnp.where(mask, jnp.where(mask, lse, 0.0) - jnp.where(mask, z_label, 0.0), 0.0)
+    """Returns the cross-entropy `lse - z_label` [T] in nats: exact zeros where not `mask`, +inf where `lse` is -inf."""
+    alive = mask & (lse != -jnp.inf)
+    nats = jnp.where(alive, jnp.where(alive, lse, 0.0) - jnp.where(alive, z_label, 0.0), 0.0)
+    return jnp.where(mask & ~alive, jnp.inf, nats)
+
+
+def z_loss(lse: Array, mask: Array) -> Array:
+    """Returns `lse^2` [T]: PaLM's auxiliary loss, which keeps a softmax's normaliser near one.
+
+    Args:
+      lse: [T] float32, log sum exp of the logits themselves (temperature 1, not relative to anything).
+      mask: [T] bool; False gives exact zeros in value and gradient.
+    """
+    alive = mask & (lse != -jnp.inf)
+    return jnp.where(mask & ~alive, jnp.inf, jnp.where(alive, lse, 0.0) ** 2)
 
 
 def _logsumexp(x: Array) -> Array:
@@ -143,10 +159,22 @@ def merge_duplicates(ids: Array, event: Array, logprobs: Array) -> tuple[Array, 
     part = jnp.where(event >= 0, event // k, -1)
     same = (ids[:, :, None] == ids[:, None, :]) & (part[:, :, None] == part[:, None, :]) & (event >= 0)[:, None, :]
     first = jnp.argmax(same, axis=-1)  # of each gathered id, its first occurrence in the same distribution
-    owner = jnp.where(event >= 0, jnp.take_along_axis(event, first, axis=-1), -1)
     slots = jnp.arange(mixed * k)
     of_event = (event[:, None, :] == slots[:, None]) & (event >= 0)[:, None, :]
-    alias = jnp.minimum(jnp.where(of_event, owner[:, None, :], mixed * k).min(axis=-1), slots)  # [T, E]
+
+    def least(alias: Array) -> Array:
+        """Gives every event the least alias among the events that it shares an id with."""
+        of_id = jnp.where(event >= 0, jnp.take_along_axis(alias, jnp.maximum(event, 0), axis=-1), mixed * k)
+        shared = jnp.where(same, of_id[:, None, :], mixed * k).min(axis=-1)
+        return jnp.minimum(jnp.where(of_event, shared[:, None, :], mixed * k).min(axis=-1), alias)
+
+    def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        alias = least(carry[0])
+        return alias, (alias != carry[0]).any()
+
+    # Events may hang together through others, so until nothing changes: not at all where no id is repeated.
+    start = jnp.zeros_like(event, shape=(tokens, mixed * k)) + slots.astype(event.dtype)
+    alias, _ = lax.while_loop(lambda carry: carry[1], again, again((start, start)))
     flat = logprobs.reshape(tokens, mixed * k)
     merged = _logsumexp(jnp.where(alias[:, None, :] == slots[:, None], flat[:, None, :], -jnp.inf))
     repeated = first != jnp.arange(g)
@@ -248,6 +276,8 @@ def event_divergence(
     if mixed == 0:
         return jnp.zeros((tokens, 0), jnp.float32)
     logprobs, rest = lax.stop_gradient((logprobs.astype(jnp.float32), rest_logprob.astype(jnp.float32)))
+    empty = (lse == -jnp.inf)[:, None] & mask
+    mask &= ~empty
     alive = mask.any(axis=-1)
     z, lse = jnp.where(alive[:, None], z, 0.0) / temperature, jnp.where(alive, lse, 0.0)
     event, log_p, rest, used = _clean_targets(event, logprobs, rest, mask, tail=tail)
@@ -255,4 +285,4 @@ def event_divergence(
     log_q_rest = _log_rest(_logsumexp(jnp.where(used, log_q, -jnp.inf)))
     total = divergence_sum(log_p, rest, jnp.where(used, log_q, 0.0), log_q_rest, used, divergence=divergence, tail=tail)
     scale = temperature**2 if scale_by_temperature_squared else 1.0
-    return scale * jnp.where(mask, total, 0.0)
+    return jnp.where(empty, jnp.inf, scale * jnp.where(mask, total, 0.0))

@@ -48,8 +48,11 @@ def _device_too_old() -> str | None:
     return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, this one has {capability or 'none'}"
 
 
-def unsupported(tokens: int, vocab: int, gathered: int, dtype: jnp.dtype) -> str | None:
-    """Returns why these kernels cannot serve a shape on the device at hand, or None."""
+def unsupported(
+    tokens: int, vocab: int, gathered: int, dtype: jnp.dtype, *, out: jnp.dtype | None = None
+) -> str | None:
+    """Returns why these kernels cannot serve a shape on the device at hand, or None; `out` is the gradient's dtype."""
+    del gathered, out  # any number, and either of the two dtypes
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"logits must be float32 or bfloat16, got {jnp.dtype(dtype).name}"
     if min(tokens, vocab) == 0:
@@ -226,8 +229,8 @@ def _set_totals(
     """Returns `dense` with the entries at `ids` replaced by their totals."""
     z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip").astype(jnp.float32)
     z = z if softcap is None else softcap * jnp.tanh(z / softcap)
-    same = (ids[:, :, None] == ids[:, None, :]).astype(jnp.float32)
-    total = jnp.einsum("tgh,th->tg", same, grad_z, precision=lax.Precision.HIGHEST)
+    # Not a product with a one-hot array [T, G, G]: XLA adds while it compares, and G may be hundreds.
+    total = jnp.where(ids[:, :, None] == ids[:, None, :], grad_z[:, None, :], 0.0).sum(axis=-1)
     for i, power in enumerate(exponentials(z - rows.shift[:, None], temperatures)):
         total += rows.factor[:, i, None] * power
     if softcap is not None:

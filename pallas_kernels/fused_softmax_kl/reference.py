@@ -11,7 +11,13 @@ Array = jax.Array
 
 
 def lse_gather(
-    logits: Array, ids: Array, *, temperatures: Sequence[float], softcap: float | None, valid_vocab: int | None
+    logits: Array,
+    ids: Array,
+    *,
+    temperatures: Sequence[float],
+    softcap: float | None,
+    valid_vocab: int | None,
+    relative: bool = False,
 ) -> tuple[Array, Array]:
     """Returns (lse [T, n], z [T, G]) as `api.lse_gather` defines them, through a dense one-hot product."""
     z = logits.astype(jnp.float32)
@@ -19,6 +25,8 @@ def lse_gather(
         z = softcap * jnp.tanh(z / softcap)
     columns = jnp.arange(z.shape[1])
     real = columns < (z.shape[1] if valid_vocab is None else valid_vocab)
+    if relative:
+        z = z - jax.lax.stop_gradient(jnp.where(real, z, -jnp.inf).max(axis=-1, keepdims=True))
     masked = jnp.where(real, z, -jnp.inf)
     lse = jnp.stack([jax.nn.logsumexp(masked / t, axis=-1) for t in temperatures], axis=-1)
     chosen = (ids[:, :, None] == columns) & real

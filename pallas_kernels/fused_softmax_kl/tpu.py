@@ -43,13 +43,15 @@ def _blocks(tokens: int, vocab: int, gathered: int, dtype: jnp.dtype, out: jnp.d
     return tiling.tpu_blocks(tokens, vocab, gathered, itemsize=itemsize, bytes_per_logit=per_logit)
 
 
-def unsupported(tokens: int, vocab: int, gathered: int, dtype: jnp.dtype) -> str | None:
-    """Returns why these kernels cannot serve a shape, or None."""
+def unsupported(
+    tokens: int, vocab: int, gathered: int, dtype: jnp.dtype, *, out: jnp.dtype | None = None
+) -> str | None:
+    """Returns why these kernels cannot serve a shape, or None; `out` is the gradient's dtype, None going forward."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"logits must be float32 or bfloat16, got {jnp.dtype(dtype).name}"
     if min(tokens, vocab) == 0:
         return f"logits are empty: [{tokens}, {vocab}]"
-    if _blocks(tokens, vocab, gathered, dtype, jnp.dtype(dtype)) is None:
+    if _blocks(tokens, vocab, gathered, dtype, out) is None:
         return f"{gathered} gathered ids per row do not fit scalar memory"
     return None
 
