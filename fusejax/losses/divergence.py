@@ -47,7 +47,7 @@ def topk_divergence(
     vocab, k, shape = logits.shape[-1], targets.ids.shape[-1], targets.residual_logprob.shape
     ids, logprobs = targets.ids.reshape(-1, k), targets.logprobs.reshape(-1, 1, k).astype(jnp.float32)
     one_each = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), ids.shape)
-    event, logprobs = merge_duplicates(ids, one_each, jax.lax.stop_gradient(logprobs))
+    event, logprobs = merge_duplicates(ids, one_each, jax.lax.stop_gradient(logprobs), sets=False)
     if groups is not None:
         kept = jnp.where(logprobs[:, 0] > -jnp.inf, ids, -1)
         ids, event, _ = expand_events(kept, groups, max_members=max_members)

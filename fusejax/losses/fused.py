@@ -64,7 +64,7 @@ def _symbols(rows: _Rows) -> tuple[Array, Array, Array]:
     tokens, mixed, k = rows.targets.ids.shape
     slots = jnp.broadcast_to(jnp.arange(mixed * k, dtype=jnp.int32), (tokens, mixed * k))
     symbols = rows.targets.ids.reshape(tokens, mixed * k)
-    event, logprobs = merge_duplicates(symbols, slots, rows.targets.logprobs.astype(jnp.float32))
+    event, logprobs = merge_duplicates(symbols, slots, rows.targets.logprobs.astype(jnp.float32), sets=False)
     live = (event >= 0) & (logprobs.reshape(tokens, mixed * k) > -jnp.inf)
     return jnp.where(live, symbols, -1).reshape(tokens, mixed, k), event, logprobs
 
@@ -94,7 +94,7 @@ def _local(
     rows: _Rows,
     groups: EventGroups | None,
     masks: tuple,
-    weights: tuple | None,
+    weights: TokenLosses | None,
     *,
     options: LinearOptions,
     max_members: int,
@@ -102,8 +102,8 @@ def _local(
 ) -> tuple:
     """One device's part: returns (losses [b, t, ...], folded [b, t], (dhidden, dhead) or None)."""
     shape = hidden.shape[:2]
-    flatten = functools.partial(jax.tree.map, lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
-    restore = functools.partial(jax.tree.map, lambda x: x.reshape(*shape, *x.shape[1:]))
+    flatten: Any = functools.partial(jax.tree.map, lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
+    restore: Any = functools.partial(jax.tree.map, lambda x: x.reshape(*shape, *x.shape[1:]))
     options = options._replace(expand=lambda chunk: _expand(chunk, groups, max_members))
     flat, rows, masks, weights = flatten((hidden, rows, masks, weights))
     out, dhidden, dhead = linear_loss_and_gradients(flat, head, rows, masks, weights, options)

@@ -76,8 +76,8 @@ def choose(
 def _run(
     function: str, logits: Array, ids: Array, limit: Array | int | None, spec: "Spec", rest: tuple, **options: Any
 ) -> Any:
-    shape = *logits.shape, ids.shape[1]
-    backend = choose(spec.implementation, *shape, logits.dtype, out=options.get("dtype"))
+    (tokens, vocab), gathered = logits.shape, ids.shape[1]
+    backend = choose(spec.implementation, tokens, vocab, gathered, logits.dtype, out=options.get("dtype"))
     options |= {"temperatures": spec.temperatures, "softcap": spec.softcap}
 
     def portable(logits: Array, ids: Array, rest: tuple, *limits: Array):

@@ -265,7 +265,8 @@ _unreduced.defvjp(_unreduced_forward, _unreduced_backward)
 
 def weighted_sum(out: losses.TokenLosses, weights: losses.TokenLosses) -> Array:
     """Returns the sum [] of the losses by their weights; a weight of 0 masks hard."""
-    return sum(jnp.where(w != 0, w * x, 0.0).sum() for x, w in zip(out, weights, strict=True))
+    clm, kl, z = (jnp.where(w != 0, w * x, 0.0).sum() for x, w in zip(out, weights, strict=True))
+    return clm + kl + z
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -302,8 +303,9 @@ def _normalised(labels: Array, ids: Array, logprobs: Array, rest: Array, event: 
         )
     if rest.shape != logprobs.shape[:2] or {labels.shape[0], ids.shape[0]} != {logprobs.shape[0]}:
         raise ValueError(f"shapes disagree: {labels.shape=} {ids.shape=} {logprobs.shape=} {rest.shape=}")
+    sets = event is not None
     event = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), ids.shape) if event is None else event
-    event, logprobs = losses.merge_duplicates(ids, event.astype(jnp.int32), lax.stop_gradient(logprobs))
+    event, logprobs = losses.merge_duplicates(ids, event.astype(jnp.int32), lax.stop_gradient(logprobs), sets=sets)
     return Targets(labels, ids, event, logprobs, rest), mixed
 
 

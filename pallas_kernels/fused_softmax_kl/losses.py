@@ -145,13 +145,37 @@ def rest_floored(rest_logprob: Array, mask: Array) -> Array:
     return mask & (jnp.where(mask, rest_logprob, 0.0) < jnp.log(REST_FLOOR))
 
 
-def merge_duplicates(ids: Array, event: Array, logprobs: Array) -> tuple[Array, Array]:
+def _together(event: Array, first: Array, events: int, rounds: int) -> Array:
+    """Returns of each event [T, E] the least one that it hangs together with: by a shared id, or by way of others.
+
+    Args:
+      event: [T, G] int32, -1 for padding.
+      first: [T, G] int32 in 0..G-1, the same for equal ids.
+      events: E.
+      rounds: how often ways are doubled; 0: only events that share an id directly with the least one.
+    """
+    slots, of_event = jnp.arange(events, dtype=event.dtype), event[:, None, :] == jnp.arange(events)[:, None]
+    if rounds == 0:
+        owner = jnp.take_along_axis(event, first, axis=-1)
+        return jnp.minimum(jnp.where(of_event, owner[:, None, :], events).min(axis=-1), slots)
+    position = jnp.arange(event.shape[1], dtype=first.dtype)
+    # [T, E, G]: which ids, each named by its first position, an event has.
+    has = jnp.einsum("teg,tgi->tei", of_event.astype("f"), (first[:, :, None] == position).astype("f"))
+    way = jnp.einsum("tei,tfi->tef", has, has) + jnp.eye(events)
+    for _ in range(rounds):
+        way = (way > 0).astype("f")
+        way = jnp.einsum("tef,tfg->teg", way, way)
+    return jnp.where(way > 0, slots, events).min(axis=-1).astype(event.dtype)
+
+
+def merge_duplicates(ids: Array, event: Array, logprobs: Array, *, sets: bool = True) -> tuple[Array, Array]:
     """Returns `(event, logprobs)` with repeated ids counted once and events that share an id made one.
 
     Args:
       ids: [T, G] int32; equal ids mean the same token.
       event: [T, G] int32 in 0..M*K-1, -1 for padding; event e belongs to distribution e // K.
       logprobs: [T, M, K] nats.
+      sets: False: no event has more than one id, so that none hangs together with another by way of a third.
     """
     (tokens, mixed, k), g = logprobs.shape, ids.shape[1]
     if g == 0 or mixed * k == 0:
@@ -160,21 +184,7 @@ def merge_duplicates(ids: Array, event: Array, logprobs: Array) -> tuple[Array, 
     same = (ids[:, :, None] == ids[:, None, :]) & (part[:, :, None] == part[:, None, :]) & (event >= 0)[:, None, :]
     first = jnp.argmax(same, axis=-1)  # of each gathered id, its first occurrence in the same distribution
     slots = jnp.arange(mixed * k)
-    of_event = (event[:, None, :] == slots[:, None]) & (event >= 0)[:, None, :]
-
-    def least(alias: Array) -> Array:
-        """Gives every event the least alias among the events that it shares an id with."""
-        of_id = jnp.where(event >= 0, jnp.take_along_axis(alias, jnp.maximum(event, 0), axis=-1), mixed * k)
-        shared = jnp.where(same, of_id[:, None, :], mixed * k).min(axis=-1)
-        return jnp.minimum(jnp.where(of_event, shared[:, None, :], mixed * k).min(axis=-1), alias)
-
-    def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        alias = least(carry[0])
-        return alias, (alias != carry[0]).any()
-
-    # Events may hang together through others, so until nothing changes: not at all where no id is repeated.
-    start = jnp.zeros_like(event, shape=(tokens, mixed * k)) + slots.astype(event.dtype)
-    alias, _ = lax.while_loop(lambda carry: carry[1], again, again((start, start)))
+    alias = _together(event, first, mixed * k, (k - 1).bit_length() if sets else 0)
     flat = logprobs.reshape(tokens, mixed * k)
     merged = _logsumexp(jnp.where(alias[:, None, :] == slots[:, None], flat[:, None, :], -jnp.inf))
     repeated = first != jnp.arange(g)

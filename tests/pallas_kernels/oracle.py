@@ -82,8 +82,11 @@ def position(z, sets, p, rest, *, divergence="kl", tail="bucket", temperature=1.
     return value.sum(), gradient / temperature
 
 
-def losses(case: Case, *, softcap=None, valid_vocab=None, **options) -> tuple[np.ndarray, ...]:
-    """Returns (clm [T], kl [T, M], dclm [T, V], dkl [T, M, V]) in float64; gradients with respect to raw logits."""
+def losses(case: Case, *, softcap=None, valid_vocab=None, z_loss_weight=0.0, **options) -> tuple[np.ndarray, ...]:
+    """Returns (clm [T], kl [T, M], dclm [T, V], dkl [T, M, V]) in float64; gradients with respect to raw logits.
+
+    `z_loss_weight` times the z-loss is part of clm.
+    """
     tokens, vocab = case.logits.shape
     mixed, k = case.logprobs.shape[1:]
     valid = vocab if valid_vocab is None else valid_vocab
@@ -94,8 +97,9 @@ def losses(case: Case, *, softcap=None, valid_vocab=None, **options) -> tuple[np
         z = raw if softcap is None else softcap * np.tanh(raw / softcap)
         chain = 1.0 if softcap is None else 1 - (z / softcap) ** 2
         q = softmax(z)
-        clm[t] = -np.log(q[case.labels[t]])
-        dclm[t, :valid] = (q - np.eye(valid)[case.labels[t]]) * chain
+        lse = np.log(np.exp(z - z.max()).sum()) + z.max()
+        clm[t] = -np.log(q[case.labels[t]]) + z_loss_weight * lse**2
+        dclm[t, :valid] = (q - np.eye(valid)[case.labels[t]] + z_loss_weight * 2 * lse * q) * chain
         for m in range(mixed):
             sets = [set(case.ids[t][case.event[t] == m * k + j].tolist()) for j in range(k)]
             p, rest = np.exp(case.logprobs[t, m].astype(np.float64)), np.exp(float(case.rest[t, m]))

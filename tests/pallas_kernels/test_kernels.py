@@ -41,6 +41,8 @@ def problem(tokens, vocab, gathered, *, dtype=jnp.float32, n=1, seed=0):
     if gathered > 2:
         ids[:, 1], ids[:, 2] = ids[:, 0], vocab - 1  # a duplicate, the last column
         ids[0] = np.arange(gathered) % vocab  # every id in one block
+        edges = [v for v in (127, 128, 511, 512) if v < vocab][:gathered]
+        ids[tokens // 2, : len(edges)] = edges  # of lanes and of slabs
         ids[-1, 0] = 2**31 - 1
     return logits, ids, rng.normal(size=(tokens, n)).astype(np.float32), rng.normal(size=(tokens, gathered)).astype("f")
 
@@ -74,6 +76,9 @@ def check(implementation, tokens, vocab, gathered, *, dtype=jnp.float32, **optio
         (3, 129, 0, {"temperatures": (0.5, 1.0, 4.0)}),
         (17, 640, 130, {"softcap": 3.0, "valid_vocab": 601, "dtype": jnp.bfloat16}),
         (8, 127, 4, {"softcap": 2.0, "temperatures": (1.0, 3.0)}),
+        (63, 128, 3, {"temperatures": (0.1, 100.0)}),
+        (64, 129, 2, {}),
+        (65, 513, 5, {"dtype": jnp.bfloat16}),
     ],
     ids=str,
 )
@@ -94,6 +99,9 @@ def test_tpu_over_several_vocabulary_blocks(monkeypatch):
     [
         (65, 1000, 5, {"temperatures": (1.0, 2.0)}),
         (63, 136, 20, {"softcap": 3.0, "valid_vocab": 130, "dtype": jnp.bfloat16}),
+        (64, 132, 0, {"temperatures": (0.1, 100.0)}),
+        (1, 8, 3, {}),
+        (64, 516, 5, {}),
     ],
     ids=str,
 )

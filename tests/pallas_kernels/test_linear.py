@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from fusejax.parallel.hlo import dot_flops, parse_program
 from pallas_kernels import linear_fused_softmax_kl, linear_fusion_loss
 from pallas_kernels.fused_softmax_kl import tiling
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.compiled import quick_jit
+from tests.pallas_kernels.test_kernels import MOSAIC_GPU
 from tests.pallas_kernels.test_oracle import OPTIONS
 
 VALUE = {"rtol": 5e-6, "atol": 5e-6}
@@ -56,14 +58,15 @@ class Problem:
 
 
 def _check(problem, call, **options):
-    oracle_options = {k: v for k, v in options.items() if k not in ("implementation", "chunk", "head_layout")}
+    ours = ("implementation", "chunk", "head_layout", "interpret")
+    oracle_options = {k: v for k, v in options.items() if k not in ours}
     loss, clm, kl, dhidden, dhead = problem.expected(**oracle_options)
     head = problem.head if options.get("head_layout", "dv") == "dv" else problem.head.T
     call = quick_jit(jax.value_and_grad(functools.partial(call, **options), (0, 1), has_aux=True))
     (got, aux), (dh, dw) = call(jnp.asarray(problem.hidden), jnp.asarray(head))
     dw = dw if options.get("head_layout", "dv") == "dv" else dw.T
     np.testing.assert_allclose(got, loss, **VALUE)
-    np.testing.assert_allclose(aux.clm, clm, **VALUE)
+    np.testing.assert_allclose(aux.clm + options.get("z_loss_weight", 0.0) * aux.z_loss, clm, **VALUE)
     used = problem.kl_weights != 0
     np.testing.assert_allclose(np.asarray(aux.kl)[used], kl[used], **VALUE)
     np.testing.assert_allclose(dh, dhidden, **GRADIENT)
@@ -92,6 +95,23 @@ def test_recompute_and_reference_equal_oracle(options, implementation):
 
 
 @pytest.mark.parametrize(
+    ("implementation", "options"),
+    [
+        ("tpu", {"temperature": 0.5}),
+        ("tpu", {"divergence": "jsd", "temperature": 2.0, "softcap": 2.0}),
+        pytest.param("mosaic_gpu", {"divergence": "kl", "temperature": 2.0}, marks=MOSAIC_GPU),
+        pytest.param("mosaic_gpu", {"divergence": "reverse_kl", "temperature": 0.5}, marks=MOSAIC_GPU),
+    ],
+    ids=str,
+)
+def test_kernels_through_the_losses_equal_oracle(implementation, options):
+    """Interpreted; the vocabulary fits the copy engine's rule."""
+    problem = Problem(18, vocab=24, mixed=2, members=2)
+    how = {"implementation": implementation, "interpret": True, "chunk": 5}
+    _check(problem, problem.one_pass if "softcap" in options else problem.recompute, **how, **options)
+
+
+@pytest.mark.parametrize(
     ("call", "layout", "chunk"),
     [("one_pass", "vd", None), ("recompute", "vd", 1), ("one_pass", "dv", 9), ("recompute", "dv", 64)],
 )
@@ -109,6 +129,50 @@ def test_cpu_blocks_with_remainders_equal_oracle(layout, monkeypatch):
     problem = Problem(12, tokens=13, vocab=150, members=2)
     options = {"temperature": 2.0} if layout == "dv" else {"softcap": 2.0, "temperature": 3.0}
     _check(problem, problem.one_pass, chunk=8, head_layout=layout, **options)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options"),
+    [
+        ("xla", {"softcap": 2.0, "temperature": 2.0}),
+        ("xla", {"valid_vocab": 21}),
+        ("reference", {"softcap": 2.0}),
+    ],
+    ids=str,
+)
+def test_z_loss_equals_oracle(implementation, options):
+    problem = Problem(13, vocab=options.get("valid_vocab", 23))
+    if "valid_vocab" in options:
+        problem.head = np.pad(problem.head, [(0, 0), (0, 3)])
+        problem.case = problem.case._replace(logits=problem.hidden.astype(np.float64) @ problem.head)
+    _check(problem, problem.one_pass, chunk=4, z_loss_weight=0.3, implementation=implementation, **options)
+
+
+def test_z_loss_is_a_loss_of_its_own_where_cotangents_are_free():
+    problem = Problem(14)
+
+    def loss(hidden, head):
+        out = problem.recompute(hidden, head, chunk=4, softcap=3.0)[1]
+        return (out.clm * problem.clm_weights).sum() + (0.3 * out.z_loss * problem.clm_weights).sum()
+
+    problem.kl_weights[:] = 0
+    value, gradients = quick_jit(jax.value_and_grad(loss, (0, 1)))(problem.hidden, problem.head)
+    expected, _, _, *both = problem.expected(softcap=3.0, z_loss_weight=0.3)
+    np.testing.assert_allclose(value, expected, **VALUE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **GRADIENT), list(gradients), both)
+
+
+def test_z_loss_of_large_logits_and_masked_positions():
+    problem = Problem(15)
+    problem.hidden *= 1e3
+    problem.clm_weights[:4] = 0
+    problem.hidden[0] = np.nan
+    call = quick_jit(jax.value_and_grad(functools.partial(problem.one_pass, z_loss_weight=1e-4), has_aux=True))
+    (_, out), gradient = call(problem.hidden, problem.head)
+    logits = problem.hidden.astype(np.float64) @ problem.head
+    lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    np.testing.assert_allclose(out.z_loss[4:], lse[4:] ** 2, rtol=1e-5)
+    assert (np.asarray(out.z_loss[:4]) == 0).all() and np.isfinite(gradient[1:]).all()
 
 
 def test_padded_vocabulary_with_small_logits():
@@ -204,6 +268,33 @@ def test_single_distribution_has_no_mixture_axis():
     np.testing.assert_allclose(out.kl, problem.expected()[2][:, 0], **VALUE)
 
 
+def test_the_heads_gradient_accumulates_in_float32():
+    """Accumulated in bfloat16 over 128 chunks it would be off by a hundredth (VeOmni)."""
+    problem = Problem(16, tokens=128, width=16, vocab=64)
+    hidden, head = jnp.asarray(problem.hidden, jnp.bfloat16), jnp.asarray(problem.head, jnp.bfloat16)
+
+    def run(chunk):
+        call = functools.partial(problem.one_pass, chunk=chunk)
+        return np.asarray(quick_jit(jax.grad(lambda w: call(hidden, w)[0]))(head), np.float64)
+
+    many, one = run(1), run(128)
+    assert np.linalg.norm(many - one) < 5e-4 * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize(("call", "flops"), [(linear_fusion_loss, 6), (linear_fused_softmax_kl, 8)])
+def test_operations_of_the_matmuls(call, flops):
+    problem = Problem(17, tokens=64, width=16, vocab=200)
+    weights = (jnp.ones(64), jnp.ones((64, 1))) if flops == 6 else (jnp.ones(64),)
+
+    def loss(hidden, head):
+        out = call(hidden, head, *problem.targets(), *weights, temperature=2.0)
+        return out[0] if flops == 6 else out.clm.sum() + out.kl.sum()
+
+    compiled = quick_jit(jax.value_and_grad(loss, (0, 1))).lower(problem.hidden, problem.head).compile()
+    assert dot_flops(parse_program(compiled.as_text())) == flops * 64 * 16 * 200
+    assert tiling.linear_flops(64, 16, 200, recompute=flops == 8) == flops * 64 * 16 * 200
+
+
 @pytest.mark.parametrize(("call", "layout"), [("one_pass", "dv"), ("one_pass", "vd"), ("recompute", "dv")])
 def test_no_logits_array_in_the_compiled_program(call, layout):
     tokens, vocab = 512, 769
@@ -231,6 +322,7 @@ def test_no_logits_array_in_the_compiled_program(call, layout):
         ({"chunk": 0}, "chunk"),
         ({"implementation": "triton"}, "reference, xla"),
         ({"logits_dtype": "float16"}, "logits_dtype"),
+        ({"z_loss_weight": -1.0}, "z_loss_weight"),
         ({"head_layout": "vd"}, "expected hidden"),
     ],
     ids=str,

@@ -101,16 +101,6 @@ class TestProperties:
         if tail != "zero":
             assert (value > -1e-6).all()
 
-    def test_finite_and_bounded_on_extreme_logits(self, kind, tail):
-        logits, ids, logprobs, rest = _plain(oracle.random_case(3))
-        for scaled in (logits * 1e4, logits + 1e6, logits * 0):
-            for temperature in (0.1, 1.0, 100.0):
-                value, gradient = divergence(
-                    scaled, ids, logprobs, rest, divergence=kind, tail=tail, temperature=temperature
-                )
-                assert np.isfinite(value).all()
-                assert np.abs(gradient).max() < 1e6 / temperature
-
 
 @FAST
 @given(seed=st.integers(0, 10**6))

@@ -1,6 +1,7 @@
 """Every kernel lowers for TPU and CUDA on this machine, for the heads of real models."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import LseGather, linear_fusion_loss, lse_gather
+from pallas_kernels.fused_softmax_kl import dispatch
 from pallas_kernels.testing import CHIPS, aot_compile, count_kernels, lower_for, missing_compiler
 
 VOCABULARIES = (32000, 32768, 50257, 128256, 151936, 256000)
@@ -59,11 +61,13 @@ def level_2_shapes(tokens, embed, vocab, k, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize(("embed", "vocab"), [(2048, 256000), (4096, 128256), (8192, 32000)])
+@pytest.mark.parametrize("embed", [2048, 4096, 8192])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_level_2_holds_the_kernels_in_its_scan(platform, embed, vocab):
-    call = functools.partial(level_2, implementation=KERNELS[platform], temperature=2.0)
+    odd = platform == "cuda" and vocab % 8 != 0
+    call = functools.partial(level_2, implementation=None if odd else KERNELS[platform], temperature=2.0)
     lowered = lower_for(platform, call, *level_2_shapes(16384, embed, vocab, 32))
-    assert count_kernels(lowered, platform) == 2
+    assert count_kernels(lowered, platform) == (0 if odd else 2)
     assert f"tensor<16384x{vocab}x" not in lowered.as_text()
 
 
@@ -101,6 +105,33 @@ def test_a_named_kernel_that_cannot_serve_says_why(implementation, dtype, gather
     call = functools.partial(lse_gather, implementation=implementation)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(call, shape(16, 256, dtype=dtype), shape(16, gathered, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("k", [2047, 2048, 4095, 4096])
+def test_more_ids_than_scalar_memory_holds_take_the_portable_path(k):
+    """Each pass by itself: rows of 16 bits come in tiles of 16, which leave room for half as many ids each."""
+    shapes = level_2_shapes(64, 128, 512, k)  # hidden states and head in bfloat16, logits in float32; k + 1 ids
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5", 1, "tpu"))):
+        lowered = jax.jit(level_2).trace(*shapes).lower(lowering_platforms=("tpu",))
+    assert count_kernels(lowered, "tpu") == (k < 4096) + (k < 2048)
+    if k >= 2048:
+        with pytest.raises(ValueError, match="scalar memory"):
+            jax.eval_shape(functools.partial(level_2, implementation="tpu"), *shapes)
+
+
+@pytest.mark.parametrize(
+    ("capability", "takes"),
+    [("8.0", "xla"), ("gfx942", "xla"), ("", "xla"), ("9.0", "mosaic_gpu"), ("10.3", "mosaic_gpu")],
+)
+@CUDA
+def test_gpus_older_than_hopper_take_the_portable_path(capability, takes, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert dispatch.choose(None, 64, 4096, 33, jnp.bfloat16) == takes
+    if takes == "xla":
+        with pytest.raises(ValueError, match=r"capability 9\.0"):
+            dispatch.choose("mosaic_gpu", 64, 4096, 33, jnp.bfloat16)
 
 
 def test_what_is_missing_is_said():

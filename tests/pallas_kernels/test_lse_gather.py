@@ -72,11 +72,27 @@ def test_low_precision_inputs_keep_float32_statistics(dtype):
     assert pull(out)[0].dtype == dtype
 
 
-def test_large_and_shifted_logits():
-    logits = jnp.asarray(_logits(scale=1e4))
-    out = lse_gather(logits, jnp.asarray(IDS))
-    np.testing.assert_allclose(out.lse[:, 0], np.asarray(logits).max(-1), rtol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: lse_gather(x, jnp.asarray(IDS)).lse.sum())(logits)).all()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_relative_statistics_of_large_and_shifted_logits(implementation):
+    """Exact to float32 where a log-sum-exp of 1e4 holds 5e-4 only; both forms have the same gradient."""
+    rng = np.random.default_rng(2)
+    for logits in (_logits(scale=1e4), _logits() + np.float32(1e6)):
+        wide = logits.astype(np.float64)
+        top = wide.max(-1, keepdims=True)
+        call = functools.partial(
+            lse_gather, ids=jnp.asarray(IDS), temperatures=(1.0, 2.0), implementation=implementation
+        )
+        near, pull = jax.vjp(functools.partial(call, relative=True), jnp.asarray(logits))
+        far, pull_far = jax.vjp(call, jnp.asarray(logits))
+        expected = np.stack([np.log(np.exp((wide - top) / t).sum(-1)) for t in (1.0, 2.0)], -1)
+        np.testing.assert_allclose(near.lse, expected, rtol=1e-6, atol=1e-6)
+        inside = (IDS >= 0) & (IDS < 23)
+        gathered = np.take_along_axis(wide - top, np.where(inside, IDS, 0), -1)
+        np.testing.assert_allclose(near.z, np.where(inside, gathered, 0.0), rtol=1e-6)
+        np.testing.assert_allclose(far.lse, expected + top / np.array([1.0, 2.0]), rtol=1e-6)
+        cotangent = type(near)(jnp.float32(rng.normal(size=(5, 2))), jnp.float32(rng.normal(size=(5, 4))))
+        if implementation == "xla":
+            np.testing.assert_array_equal(pull(cotangent)[0], pull_far(cotangent)[0])
 
 
 def test_rows_without_cotangent_get_exact_zeros():

@@ -1,6 +1,7 @@
 """What must hold of the fused losses and of every kernel, whatever the numbers; each program is compiled once."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import linear_fused_softmax_kl, linear_fusion_loss, lse_gather
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.compiled import quick_jit
+from tests.pallas_kernels.test_kernels import MOSAIC_GPU
 
 FAST = settings(max_examples=10, deadline=None)
 SEED = st.integers(0, 10**6)
@@ -100,7 +102,7 @@ def statistics(logits, ids, implementation):
     return jax.value_and_grad(lambda x: call(x, ids).lse.sum() + 0.5 * call(x, ids).z.sum())(logits)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu", pytest.param("mosaic_gpu", marks=MOSAIC_GPU)])
 @settings(max_examples=5, deadline=None)
 @given(seed=SEED, shift=st.floats(-30, 30), scale=st.floats(0.1, 20))
 def test_kernels_shift_with_their_rows_and_agree_with_the_definition(implementation, seed, shift, scale):
@@ -113,6 +115,37 @@ def test_kernels_shift_with_their_rows_and_agree_with_the_definition(implementat
         value, gradient = statistics(logits + moved, ids, implementation)
         np.testing.assert_allclose(value, expected + moved * (8 * 1.5 + 0.5 * real), rtol=1e-4, atol=2e-2)
         np.testing.assert_allclose(gradient, slope, atol=2e-4)
+
+
+def test_a_kernel_inside_a_shard_map_agrees_with_the_definition():
+    """Interpreted, over four shards of which the last holds padding only."""
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    logits, ids = rng.normal(size=(9, 256)).astype(np.float32), rng.integers(-2, 258, (9, 5)).astype(np.int32)
+
+    def run(logits, ids, implementation, axis=None):
+        call = functools.partial(lse_gather, temperatures=(1.0, 2.0), valid_vocab=190, implementation=implementation)
+        return jax.value_and_grad(lambda x: sum(y.sum() for y in call(x, ids, vocab_axis=axis, interpret=True)))(logits)
+
+    split = P(None, "tensor")
+    call = functools.partial(run, implementation="tpu", axis="tensor")
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(split, P()), out_specs=(P(), split), check_vma=False)
+    same(quick_jit(mapped)(logits, ids), run(logits, ids, "reference"))
+
+
+def test_collectives_of_a_split_vocabulary():
+    """Statistics and the hidden states' gradient, and nothing of the vocabulary's size."""
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    hidden, head, *rest = problem(3)
+    split = P(None, "tensor")
+    call = functools.partial(loss_and_gradients, axis="tensor", chunk=TOKENS)
+    specs = {"in_specs": (P(), split, *[P()] * len(rest)), "out_specs": (P(), (P(), split))}
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh, **specs, check_vma=False))
+    text = mapped.lower(hidden, jax.device_put(head, jax.NamedSharding(mesh, split)), *rest).as_text()
+    assert "all_gather" not in text and "all_to_all" not in text
+    sizes = re.findall(r"all_reduce.*?\}\) : \(tensor<([\dx]+)xf32>", text, re.DOTALL)
+    entries = rest[1].shape[1] + 1  # the label and the ids
+    assert sorted(sizes) == sorted([f"{TOKENS}", f"{TOKENS}x2", f"{TOKENS}x{entries}", f"{TOKENS}x{WIDTH}"])
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
