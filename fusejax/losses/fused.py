@@ -202,27 +202,24 @@ def batch_fusion_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns `clm_weight * CLM + fusion_weight * sum_m weights_m * divergence_m` over the trained tokens.
 
-    A position without a distribution takes CLM with weight `clm_weight + fusion_weight`; see `unsupervised`.
-
     Args:
       hidden: [B, T, D]; head: [D, V], or [V, D] with `head_layout="vd"`.
       batch: leaves [B, T, ...]; `targets.ids` are symbols of the partition that `partition` names.
       groups: the partitions of the sources, stacked [S, ...]; None: every id is a token, `partition` >= 0 says
         that there is a distribution.
       clm_weight, fusion_weight: may be traced; a literal `fusion_weight=0` leaves out the divergence.
-      unsupervised: "none" leaves CLM at `clm_weight` where there is no distribution.
+      unsupervised: "clm": CLM takes `clm_weight + fusion_weight` where there is no distribution; "none": it does not.
       max_members: slots for the members of one distribution's events; what does not fit joins the rest.
       denominator: trained tokens of the whole step over all its micro-batches and devices; None: of this batch.
       mesh: None: one device; else tokens are split over `token_axes`, the vocabulary over `vocab_axis`.
       **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab, logits_dtype,
-        z_loss_weight (of CLM, so `clm_weight * z_loss_weight` of the loss).
+        z_loss_weight (in parts of CLM's weight).
 
     Returns:
       (loss [] float32, metrics: float32 scalars `clm_nats` per trained token, `fusion_nats` per supervised token,
       `tokens`, `supervised_tokens`, `folded_events`; `floored_rests`, the distributions whose rest is below the floor;
       with groups also, [S] float32 per row of them: `source_tokens`, the positions it supervises, `source_nats`, its
-      mean divergence there, `source_share`, its part of the weights of the supervised positions; with a z-loss also
-      `z_loss`, its mean per trained token).
+      mean divergence there, `source_share`, its part of the supervised positions' weights; with a z-loss `z_loss`).
 
     Raises:
       InputError: sizes that the mesh cannot split; ValueError: options that cannot be used.

@@ -32,7 +32,7 @@ def _grad(batch, groups, **options):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
 
-def _dense_oracle(hidden, head, batch, symbol_of, clm_weight, fusion_weight):
+def _dense_oracle(hidden, head, batch, symbol_of, clm_weight, fusion_weight, z_loss_weight=0.0):
     """Loss and gradient of the logits with Q summed per symbol over the whole vocabulary."""
     logits = hidden.astype(np.float64) @ head
     count = batch.mask.sum()
@@ -42,8 +42,9 @@ def _dense_oracle(hidden, head, batch, symbol_of, clm_weight, fusion_weight):
             continue
         q, live = oracle.softmax(logits[at]), batch.partition[at] >= 0
         weight = clm_weight if live.any() else clm_weight + fusion_weight
-        loss -= weight * np.log(q[batch.labels[at]]) / count
-        dlogits[at] += weight * (q - np.eye(VOCAB)[batch.labels[at]]) / count
+        lse = np.log(np.exp(logits[at]).sum())
+        loss += weight * (z_loss_weight * lse**2 - np.log(q[batch.labels[at]])) / count
+        dlogits[at] += weight * (q * (1 + z_loss_weight * 2 * lse) - np.eye(VOCAB)[batch.labels[at]]) / count
         for m in np.flatnonzero(live):
             table = symbol_of[batch.partition[at][m]]
             sets = [set(np.flatnonzero(table == s)) for s in batch.targets.ids[at][m]]
@@ -188,3 +189,19 @@ def test_sizes_that_the_mesh_cannot_split():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with pytest.raises(InputError, match="multiple of 8"):
         batch_fusion_loss(hidden[:5], head, jax.tree.map(lambda x: x[:5], batch), groups, mesh=mesh)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+def test_z_loss_is_a_part_of_the_cross_entropy(shape):
+    batch, groups, symbol_of = random_batch()
+    hidden, head = _arrays()
+    mesh = None if shape is None else jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    call = _grad(batch, groups, clm_weight=0.6, fusion_weight=0.4, z_loss_weight=0.1, mesh=mesh)
+    (loss, metrics), grads = call(hidden, head, batch)
+    expected = _dense_oracle(hidden, head, batch, symbol_of, 0.6, 0.4, z_loss_weight=0.1)
+    np.testing.assert_allclose(loss, expected[0], rtol=2e-6)
+    for got, want in zip(grads, expected[1:], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    logits = hidden.astype(np.float64) @ head
+    lse = np.log(np.exp(logits).sum(-1))[np.asarray(batch.mask) != 0]
+    np.testing.assert_allclose(metrics["z_loss"], (lse**2).mean(), rtol=1e-5)
