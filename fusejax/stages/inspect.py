@@ -25,6 +25,9 @@ def command(name: str, words: list[str]) -> Result:
     arguments = parser(name, "Show the manifest of an artefact, one of its records, or a model's configuration.")
     arguments.add_argument("directory", type=Path, help="artefact or model directory")
     arguments.add_argument("--record", type=int, help="also show this record of a distribution store, from 0")
+    arguments.add_argument(
+        "--mass", action="store_true", help="also say how much probability lies outside what is stored"
+    )
     arguments.add_argument("--to-parquet", type=Path, metavar="FILE", help="also write all its records as parquet")
     given = arguments.parse_args(words)
     if not given.directory.is_dir():
@@ -34,11 +37,13 @@ def command(name: str, words: list[str]) -> Result:
     else:
         data = read_manifest(given.directory)._asdict()
         data["total_bytes"] = sum(entry["bytes"] for entry in data["files"].values())
-    if (given.record is not None or given.to_parquet) and data["kind"] not in _STORED:
+    if (given.record is not None or given.mass or given.to_parquet) and data["kind"] not in _STORED:
         raise InputError(f"{given.directory} is a {data['kind']!r} artefact; records are in {', '.join(_STORED)}")
     if given.to_parquet:
         rows = export_parquet(RecordReader(given.directory), given.to_parquet)
         data["parquet"] = {"file": str(given.to_parquet), "rows": rows}
+    if given.mass:
+        data["mass_outside"] = _mass_outside(RecordReader(given.directory))
     if given.record is not None:
         reader = RecordReader(given.directory)
         if not 0 <= given.record < len(reader):
@@ -67,6 +72,26 @@ def _lines(data: dict[str, Any], indent: str = "") -> Iterator[str]:
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             yield f"{indent}{key}: {shown}"
+
+
+def _mass_outside(reader: RecordReader) -> dict[str, Any]:
+    """The probability outside the stored entries over the positions that have a distribution: mean and quantiles."""
+    found: list[np.ndarray] = []
+    for record in reader:
+        arrays = record.arrays
+        if "residual_logprob" not in arrays:
+            raise InputError(f"{reader.directory} stores no mass outside its entries")
+        outside = np.exp(arrays["residual_logprob"].astype(np.float64))
+        if "partition" in arrays:  # fused
+            outside = outside[arrays["partition"] >= 0]
+        elif "status" in arrays:  # aligned
+            outside = outside[arrays["status"] != 0]
+        found.append(outside.ravel())
+    outside = np.concatenate(found) if found else np.zeros(0)
+    if not len(outside):
+        return {"positions": 0}
+    low, middle, high = np.quantile(outside, (0.1, 0.5, 0.9)).tolist()
+    return {"positions": len(outside), "mean": outside.mean().item(), "10%": low, "50%": middle, "90%": high}
 
 
 def _describe(record: Any) -> dict[str, Any]:

@@ -105,6 +105,17 @@ def test_inspect_shows_a_record_and_joins_the_shards(material):
     assert any(line.startswith('    topk_ids: {"dtype": "int32"') for line in lines)
 
 
+def test_inspect_says_how_much_lies_outside_the_entries(material):
+    reader = RecordReader(Run(material[0]).captured_dir("b"))
+    found = inspect("inspect", [str(reader.directory), "--mass"]).data["mass_outside"]
+    stored = [1 - np.exp(r.arrays["topk_logprobs"].astype(np.float64)).sum(axis=1) for r in reader]
+    assert found["positions"] == sum(map(len, stored)) == reader.lengths.sum()
+    assert found["mean"] == pytest.approx(np.concatenate(stored).mean(), abs=1e-3)
+    assert 0 <= found["10%"] <= found["50%"] <= found["90%"] <= 1
+    with pytest.raises(InputError, match="'corpus' artefact"):
+        inspect("inspect", [str(Run(material[0]).corpus_dir), "--mass"])
+
+
 def test_inspect_writes_parquet(material, tmp_path):
     reader = RecordReader(Run(material[0]).captured_dir("b"))
     found = inspect("inspect", [str(reader.directory), "--to-parquet", str(tmp_path / "b.parquet")])
