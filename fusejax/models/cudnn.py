@@ -130,7 +130,7 @@ def _difference(dtype: str, length: int, groups: int, width: int, window: int | 
         (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return (out, *gradients)
 
-    ours = of(lambda *heads: cudnn_attention(*heads, given, window=window))
-    theirs = of(lambda *heads: jax.nn.dot_product_attention(*heads, mask=mask))
+    ours = of(lambda q, k, v: cudnn_attention(q, k, v, given, window=window))
+    theirs = of(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask))
     pairs = [(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in zip(ours, theirs, strict=True)]
     return float(np.max([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs]))
