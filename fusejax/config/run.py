@@ -154,8 +154,9 @@ class RunConfig(Config):
 
     @property
     def training_attention(self) -> str:
-        """The attention of the trained model: cuDNN's own form where no row holds two documents."""
-        return "cudnn_rows" if self.memory.attention == "cudnn" and not self.train.packing else self.memory.attention
+        """The attention of the trained model; it is told where no row holds two documents."""
+        plain = self.train.packing or self.memory.attention == "xla"
+        return self.memory.attention if plain else f"{self.memory.attention}_rows"
 
     @property
     def plain_attention(self) -> str:

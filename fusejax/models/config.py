@@ -28,7 +28,7 @@ ARCHITECTURES = {
 }
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")
-ATTENTION = ("auto", "xla", "cudnn", "cudnn_rows")
+ATTENTION = ("auto", "auto_rows", "xla", "cudnn", "cudnn_rows")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class ModelConfig:
     `block` means that of the architecture; all are filled in. `attention_bias`: on q, k, v and o; Qwen2 always
     has it, on q, k and v. GPT-NeoX always has `mlp_bias`. `remat` says what the backward pass keeps of a layer:
     all of it (`none`), its matrix products (`dots`) or its input only (`full`). `attention`: by the device's kernel
-    where there is one (`auto`), by plain operations (`xla`) or by cuDNN (`cudnn`; `cudnn_rows` where no row holds two
-    documents). `sliding_window`: a position sees itself and the
-    `sliding_window - 1` before it.
+    where it serves (`auto`), by plain operations (`xla`) or by cuDNN (`cudnn`); `auto_rows` and `cudnn_rows` where no
+    row holds two documents. `sliding_window`: a position sees itself and the `sliding_window - 1` before it.
     """
 
     vocab_size: int

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusejax.errors import InputError
-from fusejax.models.cudnn import check_cudnn, cudnn_attention, document_lengths
+from fusejax.models.cudnn import check_cudnn, cudnn_attention, document_lengths, suits_cudnn
 from fusejax.models.splash import splash_attention, suits_splash
 from fusejax.parallel.sharding import Layout
 
@@ -115,7 +115,8 @@ def attention(
     """Returns softmax(q k^T / sqrt(H) + bias) v, `[B, T, N, H]`, with grouped queries.
 
     On a mesh it runs once per device on whole rows and whole groups of heads (no communication).
-    On TPUs it is their kernel (`fusejax.models.splash`) where the mask is given by segments and there is no bias.
+    Where the mask is given by segments and there is no bias, it is the device's kernel: `fusejax.models.splash` on
+    TPUs, `fusejax.models.cudnn` on NVIDIA GPUs.
 
     Args:
         q: `[B, T, N, H]`.
@@ -124,8 +125,8 @@ def attention(
         layout: where the arrays lie.
         bias: `[1, N, T, S]` float32, added to the scores.
         segments, window: `[B, T]` int32, where the mask is `attention_mask(segments, sliding_window=window)`.
-        implementation: "xla" for plain operations anywhere; "auto"; "cudnn" for NVIDIA GPUs, "cudnn_rows" where also
-            no row holds two documents (`fusejax.models.cudnn`).
+        implementation: "xla" for plain operations anywhere, "auto" for the device's kernel where it serves, "cudnn" for
+            cuDNN's or an error; "auto_rows" and "cudnn_rows" where also no row holds two documents.
 
     Raises:
         InputError: cuDNN was asked for where it cannot be had.
@@ -170,15 +171,20 @@ def _kernel(
     implementation: str,
 ) -> tuple[Callable[..., jax.Array] | None, jax.Array | None]:
     """The device's kernel and what it is told of who reads whom; None, None for plain operations."""
-    if implementation.startswith("cudnn") and q.shape[1] == k.shape[1]:
+    if implementation == "xla" or q.shape[1] != k.shape[1]:
+        return None, None
+    rows = implementation.endswith("_rows") and segments is not None
+    if implementation.startswith("cudnn"):
         check_cudnn(q.dtype, layout.mesh)
         if bias is not None:
             raise InputError("attention cudnn is not for linear biases (MPT); set memory.attention auto")
-        rows = implementation == "cudnn_rows" and segments is not None
-        return partial(cudnn_attention, window=window), document_lengths(segments) if rows else mask  # type: ignore
-    if implementation == "auto" and bias is None and segments is not None and suits_splash(q, k, layout.mesh):
+    elif bias is not None or segments is None:
+        return None, None
+    elif suits_splash(q, k, layout.mesh):
         return partial(splash_attention, window=window), segments
-    return None, None
+    elif not suits_cudnn(q, k, layout.mesh, window=window, rows=rows):
+        return None, None
+    return partial(cudnn_attention, window=window), document_lengths(segments) if rows else mask  # type: ignore
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -7,6 +7,8 @@ segments hide the rest inside it. It is chosen while tracing, by the devices tha
 Not here: a kernel for GPUs (`fusejax.models.cudnn`).
 """
 
+import functools
+import logging
 from typing import cast
 
 import jax
@@ -15,14 +17,32 @@ from jax.sharding import Mesh
 
 __all__ = ["splash_attention", "suits_splash"]
 
+log = logging.getLogger("fusejax")
+
 _LANES = 128  # the kernel's smallest block of positions
 _BLOCKS = (512, 256, _LANES)  # larger ones do not fit beside the backward pass's accumulators in every TPU's memory
 
 
 def suits_splash(q: jax.Array, k: jax.Array, mesh: Mesh | None) -> bool:
-    """Returns whether the program is for TPUs and queries and keys are the same whole blocks of positions."""
+    """Returns whether the program is for TPUs and queries and keys are the same whole blocks of positions.
+
+    Rows on TPUs that are no whole blocks are named once: plain operations hold all their scores.
+    """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return platform == "tpu" and q.shape[1] == k.shape[1] and q.shape[1] % _LANES == 0
+    if platform != "tpu" or q.shape[1] != k.shape[1]:
+        return False
+    if q.shape[1] % _LANES:
+        _say_why_not(q.shape[1])
+    return q.shape[1] % _LANES == 0
+
+
+@functools.cache
+def _say_why_not(length: int) -> None:
+    log.warning(
+        "attention: plain operations in place of the TPU's kernel, as rows of %d positions are no multiple of %d",
+        length,
+        _LANES,
+    )
 
 
 def splash_attention(

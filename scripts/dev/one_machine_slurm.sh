@@ -5,7 +5,8 @@
 #   . DIR/env.sh && sbatch --test-only scripts/slurm.sbatch train config.yaml
 #   bash scripts/dev/one_machine_slurm.sh stop DIR
 #
-# The node claims 64 cores and 8 GPUs, so that the launch file is taken as it is. Nothing protects it: stop it after use.
+# The node claims 64 cores and 8 GPUs, so that the launch file is taken as it is. Jobs of the partition `urgent` preempt those
+# of the default one, which are asked to stop and have 120 s for it. Nothing protects it: stop it after use.
 set -euo pipefail
 action=${1:-} dir=$(realpath -m "${2:?usage: one_machine_slurm.sh start|stop DIR}")
 packages=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libmunge2)
@@ -56,9 +57,12 @@ SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.log
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=64 RealMemory=1000 Gres=gpu:8
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
 }
 

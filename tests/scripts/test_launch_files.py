@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from fusejax.cli import COMMANDS
 from tests.paths import ROOT
+from tests.scripts.crd import problems, schema_of
 from tests.scripts.jobset import JobSet
 
 SCRIPTS = ROOT / "scripts"
@@ -69,15 +71,60 @@ def _changes():
     ]
 
 
-@pytest.mark.parametrize(("place", "value"), _changes())
-def test_mistakes_in_a_jobset_are_found(place, value):
-    found = copy.deepcopy(_read(SCRIPTS / "gke_jobset_gpu.yaml"))
-    at = found
+def _with(place, value):
+    """The file for GPUs with one of these mistakes."""
+    found = at = copy.deepcopy(_read(SCRIPTS / "gke_jobset_gpu.yaml"))
     for key in place[:-1]:
         at = at[key]
     at[place[-1]] = value
+    return found
+
+
+@pytest.mark.parametrize(("place", "value"), _changes())
+def test_mistakes_in_a_jobset_are_found(place, value):
     with pytest.raises(ValidationError):
-        JobSet.model_validate(found)
+        JobSet.model_validate(_with(place, value))
+
+
+def test_the_real_definition_of_jobsets_takes_our_files_and_no_mistakes():
+    place = os.environ.get("FUSEJAX_JOBSET_CRD")
+    if not place:
+        pytest.skip("FUSEJAX_JOBSET_CRD names no file: docs/launch.md says where JobSet's definition is")
+    schema = schema_of(Path(place).read_text(encoding="utf-8"), "v1alpha2")
+    for path in JOBSETS:
+        assert not problems(_read(path), schema), path.name
+    mistakes = [_with(*change) for change in _changes()]
+    found = [bool(problems(mistake, schema)) for mistake in mistakes]
+    assert found == [True, True, True, False, False, True, True, False, False, False, False], (
+        "others are between fields"
+    )
+
+
+def test_a_definition_is_read_strictly():
+    name = {"type": "string", "pattern": "^[a-z]+$", "maxLength": 3}
+    rule = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": name, "on": {"enum": ["A"], "type": "string"}},
+    }
+    limits = {"type": "object", "additionalProperties": {"x-kubernetes-int-or-string": True}}
+    count = {"type": "integer", "minimum": 0}
+    properties = {"rules": {"type": "array", "maxItems": 1, "items": rule}, "limits": limits, "count": count}
+    schema = {"type": "object", "properties": properties | {"metadata": {"type": "object"}}}
+    right = {
+        "rules": [{"name": "abc", "on": "A"}],
+        "limits": {"gpu": 8, "cpu": "1"},
+        "count": 0,
+        "metadata": {"name": "x"},
+    }
+    assert problems(right, schema) == []
+    wrong = {"rules": [{"nam": "abc", "on": "B"}, {"name": "ABCD"}], "limits": {"gpu": 8.5}, "count": True, "other": 1}
+    said = problems(wrong, schema)
+    assert [line.split(":")[0] for line in said] == [
+        *("$.rules", "$.rules[0].name", "$.rules[0].nam", "$.rules[0].on", "$.rules[1].name", "$.rules[1].name"),
+        *("$.limits.gpu", "$.count", "$.other"),
+    ]
+    assert problems({"count": -1}, schema) == ["$.count: -1 is below or above what is allowed"]
 
 
 def _sky(path, home):
