@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fusejax.errors import PREEMPTED, InputError, Preempted, nearest
+from fusejax.errors import PREEMPTED, WATCHDOG, InputError, Preempted, Stuck, nearest
 
 
 class _Command(NamedTuple):
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as raised:
         if not _several():
             raise
-        error = raised
+        code, error = (WATCHDOG if isinstance(raised, Stuck) else 1), raised
     if (code == PREEMPTED and name != "launch") or (code and _several()):
         from fusejax.train.faults import leave
 

@@ -4,10 +4,11 @@
 into exit code 2 and prints its text without a traceback. Its text says what was wrong, what was got, what
 was expected and what to do.
 
-`Preempted` ends a run that was asked to stop, with its work kept: the same command goes on from there.
+`Preempted` ends a run that was asked to stop, with its work kept: the same command goes on from there. `Stuck` ends one
+that waits for a process which does not get on.
 """
 
-__all__ = ["PREEMPTED", "WATCHDOG", "InputError", "Preempted", "nearest"]
+__all__ = ["PREEMPTED", "WATCHDOG", "InputError", "Preempted", "Stuck", "nearest"]
 
 import difflib
 from collections.abc import Iterable
@@ -33,6 +34,10 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Stuck(TimeoutError):
+    """Another process of the job was waited for, and has not got on for too long; exit code 75."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

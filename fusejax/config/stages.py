@@ -213,13 +213,13 @@ class MemoryConfig(Config):
 
 
 class FaultsConfig(Config):
-    """What training does when something goes wrong."""
+    """What training does when something goes wrong; the watchdog is of the other long stages, too."""
 
     watchdog_seconds: float | None = Field(
         default=1200.0,
         gt=0,
-        description="A step that takes longer ends the process with its stacks and exit code 75; compiling, evaluating "
-        "and saving may take three times that. None: no watchdog.",
+        description="A step that takes longer ends the process with its stacks and exit code 75; compiling, evaluating, "
+        "saving and a batch of another stage may take three times that. None: no watchdog.",
     )
     max_skipped_steps: int = Field(
         default=0, ge=0, description="Steps in a row that are left out because loss or gradient is not finite."

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fusejax.errors import InputError
+from fusejax.io.progress import beat
 from fusejax.models.config import ModelConfig
 from fusejax.models.hf_config import model_config_from_hf, model_config_to_hf
 from fusejax.models.hf_names import hf_names
@@ -225,6 +226,7 @@ class _Tensors:
     def _read(self, name: str, dtype: Any) -> np.ndarray:
         path = self._file_of[name]
         tensor = self._files[path].get_tensor(name)
+        beat()
         if not np.isfinite(tensor).all() and f"{path.name}: {name}" not in self.not_finite:
             self.not_finite.append(f"{path.name}: {name}")
         if dtype is None or tensor.dtype == dtype:
@@ -332,6 +334,7 @@ def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> Iterator[tuple[str
     for members in sharing.values():
         spec, leaf = members[0]
         for i, name in enumerate(spec.hf_names()):
+            beat()
             entries = [spec.to_hf(leaf.reshape(-1, *spec.layer_shape)[i]) for spec, leaf in members]
             if spec.fused is None:
                 # contiguous: safetensors writes the memory of an array, whatever its strides

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from fusejax.errors import InputError
+from fusejax.io.progress import beat
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -67,6 +68,7 @@ def file_checksum(path: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            beat()
     return digest.hexdigest()
 
 

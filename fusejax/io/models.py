@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fusejax.errors import InputError
 from fusejax.io.checksums import remembered_checksum
 from fusejax.io.manifest import MANIFEST, fingerprint_of, read_manifest
+from fusejax.io.progress import beat
 from fusejax.models.config import ModelConfig
 
 _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
@@ -44,13 +45,26 @@ def resolve_model(model: str, *, revision: str | None = None, weights: bool = Tr
     place = cache_dir() / "hub" / f"{model.replace('/', '--')}@{revision or 'main'}"
     patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_dir=str(place)))
+        how: dict[str, Any] = {"allow_patterns": patterns, "local_dir": str(place), "tqdm_class": _download_bar()}
+        return Path(snapshot_download(model, revision=revision, **how))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{model!r} is no directory here, and the hub could not be asked for it ({reason}). "
             "Check the name and the network, or download the model and give its directory"
         ) from error
+
+
+def _download_bar() -> type:
+    """The hub's own bar, which also says that the download gets on."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            beat()
+            return super().update(n)
+
+    return Bar
 
 
 def _is_checkpoint(directory: Path) -> bool:

@@ -3,9 +3,12 @@
 Both go to standard error, so that the last line of standard output stays machine-readable. Without a terminal
 a line is printed every ten seconds, with the rate and the time that is left. Of several processes only the first
 speaks: the others would say the same.
+
+Every piece of work that is counted here is also a sign of life (`beat`), for this process's watchdog and for the
+processes that wait for this one. Long work without a bar calls `beat` itself.
 """
 
-__all__ = ["Progress", "progress", "say"]
+__all__ = ["Progress", "beat", "last_beat", "progress", "say"]
 
 import contextlib
 import sys
@@ -14,6 +17,27 @@ from collections.abc import Iterator
 from typing import Any
 
 _PLAIN_SECONDS = 10.0
+_TELL_SECONDS = 1.0  # between two signs of life to other processes
+
+
+class _Life:
+    count, when, told = 0, time.monotonic(), 0.0
+
+
+def beat() -> None:
+    """Says that a piece of work is done; costs a microsecond."""
+    _Life.count += 1
+    _Life.when = time.monotonic()
+    if _Life.when - _Life.told > _TELL_SECONDS and "jax" in sys.modules:
+        from fusejax.parallel.processes import tell_progress
+
+        _Life.told = _Life.when
+        tell_progress(_Life.count)
+
+
+def last_beat() -> float:
+    """When this process last said that a piece of work is done, by the clock of `time.monotonic`."""
+    return _Life.when
 
 
 def say(text: str) -> None:
@@ -57,11 +81,13 @@ class Progress:
     def start_at(self, done: int) -> None:
         """Says that `done` units were finished in an earlier run; they do not count in the rate."""
         self.done = self._first = done
+        beat()
         self._show()
 
     def update(self, units: int, **fields: Any) -> None:
         """Counts `units` more and shows `fields` (name=value) beside the bar."""
         self.done += units
+        beat()
         if fields:
             shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items())
             self._fields = " ".join(shown)

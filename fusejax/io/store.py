@@ -33,6 +33,7 @@ import numpy as np
 
 from fusejax.errors import InputError
 from fusejax.io.manifest import MANIFEST, Manifest, fingerprint_of, read_manifest, write_json, write_manifest
+from fusejax.io.progress import beat
 from fusejax.io.store_record import RECORD_FORMAT, Record, pack_record, record_length, unpack_record
 
 _SUFFIX = ".array_record"
@@ -279,6 +280,7 @@ class RecordReader:
 
     def __getitem__(self, index: int) -> Record:
         data, where = self._data(index)
+        beat()
         return unpack_record(data, where=where)
 
     def _data(self, index: int) -> tuple[bytes, str]:

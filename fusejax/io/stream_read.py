@@ -23,6 +23,7 @@ import numpy as np
 from fusejax.errors import InputError
 from fusejax.io.hf import _directory, _weight_files
 from fusejax.io.manifest import fingerprint_of
+from fusejax.io.progress import beat
 
 __all__ = [
     "ArrayTensor",
@@ -132,6 +133,7 @@ class FileTensor(NamedTuple):
             if got == 0:
                 raise InputError(f"{self.where} ended while it was read: was it replaced meanwhile? Start again")
             view, place = view[got:], place + got
+            beat()
 
 
 class ModelTensors:

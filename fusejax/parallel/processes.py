@@ -10,28 +10,41 @@ so that one task on a node of eight uses an eighth of it: here the tasks of a no
 it reads some lists of nodes wrongly (`gpu[01-02]-ib`): such lists are refused, FUSEJAX_COORDINATOR names the first.
 
 Barriers go through JAX's coordination service, which runs no collective: it works between processes that are at
-work on different things, notices one that died, and ends in time. The wait is in a thread, so that the main
-thread still answers signals.
+work on different things, and notices one that died. The wait is in a thread, so that the main thread still answers
+signals. What is waited for may take days, so no fixed time bounds it but progress: each process counts what it has
+done in the same service (`tell_progress`), and who waits gives up when no other has counted on for a while.
 
 Not here: what happens to the others when one process fails (the launcher and `fusejax.train`), and elasticity.
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusejax.errors import InputError
+from fusejax.errors import InputError, Stuck
 
-__all__ = ["barrier", "collect", "is_first", "process_count", "process_index", "start_processes"]
+__all__ = [
+    "barrier",
+    "collect",
+    "is_first",
+    "process_count",
+    "process_index",
+    "start_processes",
+    "tell_progress",
+]
 
 _COORDINATOR, _COUNT, _INDEX = "FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS"
 _DEVICES, _MODE = "FUSEJAX_LOCAL_DEVICES", "FUSEJAX_DISTRIBUTED"
 _SHUTDOWN_SECONDS = 30  # processes end within a barrier's width of each other; the default of 300 only delays failures
+_BACKSTOP_SECONDS = 20 * 86_400  # of a barrier in the service, which wants a time; as long as it can count
+_PROGRESS = "fusejax/progress/"
 
 
 def start_processes(
@@ -90,15 +103,22 @@ def is_first() -> bool:
     return process_index() == 0
 
 
+def tell_progress(count: int) -> None:
+    """Says to the processes that wait for this one how many pieces of work it has done; nothing where nobody hears."""
+    if process_count() > 1:
+        with contextlib.suppress(Exception):  # no coordinator: JAX's own heartbeat deals with that
+            _state().client.key_value_set(f"{_PROGRESS}{process_index()}", str(count), allow_overwrite=True)
+
+
 def barrier(name: str, *, seconds: float) -> None:
     """Returns when every process has called it with this name, the n-th call of one with the n-th of the others.
 
     Args:
         name: tells this place in the program from others.
-        seconds: how long to wait for the slowest process.
+        seconds: how long to wait while no other process gets on, by what they say with `tell_progress`.
 
     Raises:
-        TimeoutError: not all came in time; the text names the barrier and the processes that are missing.
+        Stuck: nothing moves; the text names the barrier and the processes that are missing.
         RuntimeError: a process that was waited for has died.
     """
     if process_count() == 1:
@@ -110,16 +130,25 @@ def barrier(name: str, *, seconds: float) -> None:
 
     def wait() -> None:
         try:
-            client.wait_at_barrier(place, int(seconds * 1000))
+            client.wait_at_barrier(place, _BACKSTOP_SECONDS * 1000)
         except Exception as error:  # raised again below, in the caller's thread
             failed.append(error)
 
     thread = threading.Thread(target=wait, name=f"fusejax-barrier-{name}", daemon=True)
     thread.start()
+    said, moved = _progress(), time.monotonic()
+    looked, interval = moved, min(10.0, seconds / 20)  # many processes ask one
     while thread.is_alive():
-        thread.join(0.5)  # wakes up for Python's signal handlers
+        thread.join(min(0.5, seconds / 4))  # wakes up for Python's signal handlers
+        if (now := time.monotonic()) - looked > interval:
+            looked = now
+            if (says := _progress()) != said:
+                said, moved = says, now
+            if now - moved > seconds and thread.is_alive():
+                raise Stuck(_missing(name, seconds, place))
     if failed:
-        raise _explained(name, seconds, place, failed[0]) from failed[0]
+        text = str(failed[0]).strip().splitlines()[0]
+        raise RuntimeError(f"barrier {name!r} failed: {text}") from failed[0]
 
 
 def collect(name: str, value: Any, *, seconds: float) -> list[Any]:
@@ -128,10 +157,10 @@ def collect(name: str, value: Any, *, seconds: float) -> list[Any]:
     Args:
         name: tells this place in the program from others.
         value: JSON of at most a megabyte or so: counts, not data.
-        seconds: how long to wait for the slowest process.
+        seconds: as of `barrier`.
 
     Raises:
-        TimeoutError, RuntimeError: as `barrier`.
+        Stuck, RuntimeError: as `barrier`.
     """
     if process_count() == 1:
         return [value]
@@ -146,19 +175,25 @@ _passed: dict[str, int] = {}  # times that each barrier was reached by this proc
 _starting = threading.Event()
 
 
-def _explained(name: str, seconds: float, place: str, error: Exception) -> Exception:
-    text = str(error)
-    if "DEADLINE_EXCEEDED" not in text:
-        return RuntimeError(f"barrier {name!r} failed: {text.strip().splitlines()[0]}")
+def _progress() -> dict[str, str]:
+    """What the other processes have said of their progress; {} where the coordinator does not answer."""
+    try:
+        said = dict(_state().client.key_value_dir_get(_PROGRESS))
+    except Exception:
+        return {}
+    return {key: count for key, count in said.items() if key != f"{_PROGRESS}{process_index()}"}
+
+
+def _missing(name: str, seconds: float, place: str) -> str:
     try:
         arrived = {int(key.rsplit("/", 1)[1]): int(n) for key, n in _state().client.key_value_dir_get(place + "/")}
         missing = [rank for rank in range(process_count()) if arrived.get(rank, 0) < _passed[name]]
     except Exception:  # the coordinator is gone too: say what is known
         missing = []
     who = f"process {', '.join(map(str, missing))} did not come" if missing else "not all processes came"
-    return TimeoutError(
-        f"barrier {name!r}: {who} within {seconds:g} s; look at its output. FUSEJAX_WAIT_SECONDS sets how long the "
-        "others wait for work that one process does"
+    return (
+        f"barrier {name!r}: {who}, and no other process has got on for {seconds:g} s; look at its output. "
+        "FUSEJAX_WAIT_SECONDS sets how long that may be"
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from fusejax.errors import InputError
 from fusejax.io.manifest import fingerprint_of
 from fusejax.io.models import LoadedModel, model_fingerprint, open_config, open_model
+from fusejax.io.progress import beat
 from fusejax.models.config import ARCHITECTURES
 from fusejax.sources.backends_served import Endpoint, ask_models, served_score
 from fusejax.sources.backends_torch import load_torch_model, torch_score
@@ -174,6 +175,7 @@ def jax_score(
         rows, score = batch_sharding(made), jax.jit(partial(score, mesh=made))
 
     def run(tokens: Any, labels: Any, positions: Any, segment_ids: Any) -> Any:
+        beat()
         arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
         return score(params, **{name: jax.device_put(array, rows) for name, array in arrays.items()})
 

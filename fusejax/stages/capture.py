@@ -10,7 +10,7 @@ from fusejax.config import ModelRef
 from fusejax.data.corpus import Document, read_corpus
 from fusejax.data.encoding import DocumentEncoder
 from fusejax.io.manifest import Manifest, read_manifest
-from fusejax.io.progress import progress, say
+from fusejax.io.progress import beat, progress, say
 from fusejax.io.store import Record
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import check_vocabulary
@@ -140,6 +140,7 @@ def _capture_one(run: Run, name: str, ref: ModelRef) -> Manifest:
                 row_multiple=row_multiple,
                 shares=process_count() if row_multiple > 1 else 1,
                 names=[document.id for document in shard],
+                on_batch=lambda _: beat(),
             )
             writer.seek(number)
             for document, tokens, found in zip(shard, encoded, captured, strict=True):
@@ -158,6 +159,7 @@ def _unpredicted_bytes(encoder: DocumentEncoder, documents: Sequence[Document]) 
     total = 0
     for first in range(0, len(documents), _BATCH):
         part = encoder.encode_batch(documents[first : first + _BATCH])
+        beat()
         total += sum(int(found.byte_ends[0]) if len(found.byte_ends) else found.n_bytes for found in part)
     return total
 

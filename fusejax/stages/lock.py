@@ -8,11 +8,14 @@ __all__ = ["exclusive"]
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from fusejax.errors import InputError
-from fusejax.io.progress import say
+from fusejax.io.progress import beat, say
+
+_LOOK_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -38,6 +41,16 @@ def exclusive(directory: Path, *, wait: bool = False, shared: bool = False, name
         os.close(handle)
 
 
+def _locked(handle: int, kind: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _acquire(handle: int, directory: Path, *, wait: bool, shared: bool) -> None:
     try:
         import fcntl
@@ -54,6 +67,8 @@ def _acquire(handle: int, directory: Path, *, wait: bool, shared: bool) -> None:
                 f"another fusejax (process {holder}) is working in {directory}; wait for it, or set another `output`"
             ) from error
         say(f"waiting for another fusejax (process {holder}) in {directory}")
-        fcntl.flock(handle, kind)
+        while not _locked(handle, kind | fcntl.LOCK_NB):
+            time.sleep(_LOOK_SECONDS)
+            beat()  # the other may need days
     except OSError as error:
         say(f"{directory} cannot be locked ({error.strerror}); let only one fusejax work there")

@@ -33,7 +33,7 @@ from fusejax.data.embedded import embedded_corpus
 from fusejax.data.readers import ReadCounts, read_documents
 from fusejax.errors import InputError
 from fusejax.io.manifest import Manifest, atomic_directory, file_checksum, fingerprint_of, write_manifest
-from fusejax.io.progress import say
+from fusejax.io.progress import beat, say
 from fusejax.stages.context import Run, finished
 
 EMBEDDED = "embedded"  # as a path: text that the Python installation itself holds
@@ -115,6 +115,7 @@ def select(
             "test": 0.0 if count["test"] else corpus.test_fraction,
         }
         for document in documents[given]:
+            beat()
             if not document.text:
                 continue
             if (key := document.content_key) in seen:

@@ -32,6 +32,7 @@ from fusejax.stages.pretrain_models import pretrain_models
 from fusejax.stages.report import report_run
 from fusejax.stages.together import meet
 from fusejax.stages.train import train
+from fusejax.train.faults import active_guard
 
 STAGES: dict[str, Callable[[Run], Any]] = {
     "pretrain": pretrain_models,
@@ -67,6 +68,7 @@ def run_stages(
     run = Run(config, only=only)
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(active_guard().watching(config.faults.watchdog_seconds))
         if is_first():
             run.start()
             stack.enter_context(exclusive(run.directory, shared=only is not None))
@@ -99,8 +101,12 @@ def _run_in_order(run: Run, names: Collection[str], seconds: dict[str, float]) -
         if name not in names:
             continue
         start = time.monotonic()
-        if is_first() or name in SHARED:
+        active_guard().attend(f"in {name}")
+        if name in SHARED:
             stage(run)
+        elif is_first():
+            with active_guard().watching(None):  # those who wait watch it: not all of its long work is counted
+                stage(run)
         meet(name)
         took = time.monotonic() - start
         seconds[name] = round(seconds.get(name, 0.0) + took, 2)

@@ -12,7 +12,7 @@ from fusejax.errors import InputError
 from fusejax.evaluation.harness import run_local, run_tasks
 from fusejax.evaluation.language import Continuations, LanguageModel
 from fusejax.io.models import LoadedModel, open_model, resolve_model
-from fusejax.io.progress import say
+from fusejax.io.progress import beat, say
 from fusejax.io.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from fusejax.models.generation import Sampling
 from fusejax.sources.open import jax_score
@@ -73,6 +73,7 @@ def pieces(
             valid_vocab=tokenizer.vocab_size,
         )
         found = np.asarray(state.tokens)[:, first : int(state.count)]
+        beat()
         finished = np.asarray(state.finished)
         ends = np.isin(found, stops)
         ids = [row[: end.argmax() if end.any() else None].tolist() for row, end in zip(found, ends, strict=True)]

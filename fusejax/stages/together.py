@@ -5,6 +5,10 @@ its bytes depend on its own documents alone. So the number of processes changes 
 goes on with another number. Process 0 makes the directory before the others look at it, and closes the artefact
 when every shard is there. What is not divided is done by process 0 while the others wait.
 
+Who waits gives up when no other process gets on: a share may take days, one piece of it may not. The processes say how
+far they are as they count their progress (`fusejax.io.progress`), and the limit is that of the watchdog, which ends the
+one that is stuck (`fusejax.train.faults`), plus some seconds: its stacks should be told first.
+
 With one process all of this is what the functions say, without the waiting.
 """
 
@@ -22,17 +26,22 @@ from fusejax.io.manifest import MANIFEST, Manifest, read_manifest
 from fusejax.io.store import RecordWriter, unfinished_here
 from fusejax.parallel.processes import barrier, collect, is_first, process_count, process_index
 from fusejax.stages.context import Run
+from fusejax.train.faults import active_guard
 
-_WAIT, _A_DAY = "FUSEJAX_WAIT_SECONDS", 86_400.0
+_WAIT = "FUSEJAX_WAIT_SECONDS"
+_AN_HOUR = 3600.0  # where no watchdog is armed
+_AFTER_THE_WATCHDOG = 15.0
 _VISIBLE_SECONDS = 60.0  # a network file system shows a new file to other machines after some seconds
 
 
 def wait_seconds() -> float:
-    """How long processes wait for each other's work: FUSEJAX_WAIT_SECONDS, a day by default.
+    """How long processes wait for others that do not get on: FUSEJAX_WAIT_SECONDS, or what the watchdog allows.
 
-    It is for one that is alive and stuck: one that dies is noticed at once.
+    It is for one that is alive and stuck beyond its own watchdog's reach; one that dies is noticed by its heartbeat.
     """
-    text = os.environ.get(_WAIT) or str(_A_DAY)
+    text = os.environ.get(_WAIT)
+    if not text:
+        return (active_guard().patience or _AN_HOUR) + _AFTER_THE_WATCHDOG
     try:
         seconds = float(text)
     except ValueError:
@@ -43,8 +52,14 @@ def wait_seconds() -> float:
 
 
 def meet(place: str) -> None:
-    """Returns when all processes have come here."""
-    barrier(place, seconds=wait_seconds())
+    """Returns when all processes have come here.
+
+    Raises:
+      Stuck: another process does not get on.
+    """
+    seconds = wait_seconds()
+    with active_guard().watching(None):  # the wait has its own bound
+        barrier(place, seconds=seconds)
 
 
 def own_shards(shards: Sequence[int]) -> list[int]:
@@ -114,7 +129,9 @@ def close_together(
       facts: makes the manifest's facts of what all processes had to say.
     """
     place = str(writer.directory)
-    said = collect(f"made {place}", counts, seconds=wait_seconds())
+    seconds = wait_seconds()
+    with active_guard().watching(None):  # the wait has its own bound
+        said = collect(f"made {place}", counts, seconds=seconds)
     if is_first():
         missing = [shard for shard in range(shards) if not writer.has(shard)]
         _wait_for(lambda: all(map(writer.has, missing)), f"shards {missing} of {place} that other processes have made")

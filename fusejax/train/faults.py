@@ -6,8 +6,8 @@
   Where the main thread does not answer (it may be compiling for minutes), the process leaves all the same.
 * between `Guard.training` and its end nothing is raised: the loop asks `must_stop` after every step, saves and raises
   `Preempted`. A second SIGINT does raise; checkpoints are committed at once or not at all, so it spoils none.
-* with `watchdog_seconds`, a step that does not end in that time (other phases: three times that) prints the stacks
-  of all threads, with rank, step and phase, and exits with 75.
+* with `watchdog_seconds`, a step that does not end in that time (other phases and stages, between two pieces of work
+  that they count: three times that) prints the stacks of all threads, with rank, step and phase, and exits with 75.
 
 Several processes are told of each other's signals by notices in the coordination service. They agree on the step
 after which all stop: each says how far it is, while its loop is held, and the farthest counts. A process that fails
@@ -32,12 +32,14 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from fusejax.errors import PREEMPTED, WATCHDOG, Preempted
+from fusejax.io.progress import last_beat
 from fusejax.parallel.notices import post, read
 from fusejax.parallel.processes import process_count, process_index
 
 __all__ = ["FaultPolicy", "Guard", "active_guard", "guarded", "leave"]
 
 _INTERRUPTED = 130
+_OTHER_PHASES = 3  # times the limit of a step: compiling, evaluating, saving, a batch of another stage
 _POLL = 0.25  # seconds between looks at notices and the clock
 _PATIENCE = 5.0  # seconds that the main thread has to answer a signal where nothing would be lost
 _OTHERS = 8.0  # seconds that are waited for other processes on the way out
@@ -70,20 +72,27 @@ class Guard:
         self._training = self._closed = False
         self._interrupts = 0  # times that SIGINT has come
         self._watchdog: float | None = None
-        self._phase, self._step, self._since = "starting", 0, time.monotonic()
+        self._phase, self._step, self._since = "starting", None, time.monotonic()
         self._at, self._stop_at = 0, None
         self._held = threading.Lock()  # while it is held, this process takes no further step
         self._wake: socket.socket | None = None
 
     @contextlib.contextmanager
     def watching(self, seconds: float | None) -> Iterator[None]:
-        """Arms the watchdog while the block runs."""
+        """Arms the watchdog while the block runs, or disarms it; afterwards it is as before."""
+        before = self._watchdog, self._phase, self._step
         self.attend("starting", self._step)
         self._watchdog = seconds
         try:
             yield
         finally:
-            self._watchdog = None
+            self.attend(*before[1:])
+            self._watchdog = before[0]
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that one piece of work may take, a training step excepted; None where the watchdog is not armed."""
+        return None if self._watchdog is None else _OTHER_PHASES * self._watchdog
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -96,8 +105,8 @@ class Guard:
         if self.request is not None:
             raise self.preempted("the training was finished before")
 
-    def attend(self, phase: str, step: int) -> None:
-        """Tells the watchdog what begins now."""
+    def attend(self, phase: str, step: int | None = None) -> None:
+        """Tells the watchdog what begins now, after which step of a training."""
         self._phase, self._step, self._since = phase, step, time.monotonic()
 
     def must_stop(self, step: int) -> bool:
@@ -182,9 +191,9 @@ class Guard:
     def _check_watchdog(self) -> None:
         if self._watchdog is None:
             return
-        limit = self._watchdog * (1 if self._phase == "stepping" else 3)
-        if time.monotonic() - self._since > limit:
-            leave(WATCHDOG, f"{self._where()} for more than {limit:g} s: stuck", stacks=True)
+        limit = self._watchdog * (1 if self._phase == "stepping" else _OTHER_PHASES)
+        if time.monotonic() - max(self._since, last_beat()) > limit:
+            leave(WATCHDOG, f"{self._where()} and has not got on for {limit:g} s: stuck", stacks=True)
 
     def _follow(self, notice: str) -> None:
         """Leaves because another process has failed."""
@@ -194,7 +203,7 @@ class Guard:
 
     def _where(self) -> str:
         rank = f"process {process_index()} of {process_count()}"
-        return f"{rank} is {self._phase} after step {self._step}"
+        return f"{rank} is {self._phase}" + ("" if self._step is None else f" after step {self._step}")
 
 
 _active: list[Guard] = []

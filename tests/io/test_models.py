@@ -7,6 +7,7 @@ import pytest
 
 from fusejax.errors import InputError
 from fusejax.io.models import cache_dir, resolve_model
+from fusejax.io.progress import last_beat
 
 
 def test_a_directory_is_itself(tmp_path):
@@ -24,7 +25,10 @@ def test_a_hub_name_becomes_plain_files(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = {}
 
-    def download(name, *, revision, allow_patterns, local_dir):
+    def download(name, *, revision, allow_patterns, local_dir, tqdm_class):
+        before = last_beat()
+        tqdm_class(total=2, disable=True).update(1)
+        assert last_beat() > before
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         Path(local_dir).mkdir(parents=True)
         (Path(local_dir) / "config.json").write_text("{}")

@@ -6,6 +6,7 @@ from fusejax.errors import InputError
 from fusejax.io.store import Record, RecordWriter
 from fusejax.stages import together
 from fusejax.stages.together import own_mesh, own_shards, wait_seconds
+from fusejax.train.faults import guarded
 
 
 @pytest.fixture
@@ -51,9 +52,14 @@ def test_a_mesh_that_processes_cannot_divide_is_refused(process):
         own_mesh({"data": 1, "fsdp": 2, "tensor": 4})
 
 
-def test_the_wait_is_a_day_or_what_is_asked_for(monkeypatch):
+def test_the_wait_is_what_the_watchdog_allows_or_what_is_asked_for(monkeypatch):
     monkeypatch.delenv("FUSEJAX_WAIT_SECONDS", raising=False)
-    assert wait_seconds() == 86_400
+    assert wait_seconds() == 3615
+    with guarded() as guard, guard.watching(10.0):
+        assert wait_seconds() == 45
+        with guard.watching(None):
+            assert guard.patience is None
+        assert wait_seconds() == 45
     monkeypatch.setenv("FUSEJAX_WAIT_SECONDS", "90")
     assert wait_seconds() == 90
     for wrong in ("soon", "0", "-1", "nan"):

@@ -108,7 +108,7 @@ def test_kills_at_random_points_lose_no_step_and_spoil_none(workers, whole, tmp_
 def test_a_stuck_step_is_told_with_its_stacks(workers, tmp_path):
     code, said = workers.run(tmp_path / "run", acts={"5": "hang"}, faults={"watchdog_seconds": 3.0})
     assert code == 75
-    assert "process 0 of 1 is stepping after step 5 for more than 3 s: stuck" in said
+    assert "process 0 of 1 is stepping after step 5 and has not got on for 3 s: stuck" in said
     assert "_act" in said and "Thread" in said
 
 

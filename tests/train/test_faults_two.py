@@ -1,13 +1,17 @@
 """Two processes of one training: either is stopped, killed, fails or is stuck."""
 
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from fusejax.config import save_config
 from fusejax.io.checkpoint import all_steps
+from fusejax.stages.run import run_stages
 from fusejax.train.metrics import read_metrics
+from tests.stages.tiny import make_config
 
 from .test_faults import assert_same_end, assert_steps_restore
 from .workers import Workers
@@ -17,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def workers():
-    with Workers() as made:
+    with Workers("fusejax.stages.run", "transformers.models.auto.tokenization_auto") as made:
         yield made
 
 
@@ -79,6 +83,37 @@ def test_a_stuck_process_is_told_by_rank(workers, tmp_path):
     assert codes(jobs) == [75, 75], [job.said() for job in jobs]
     assert "_act" in jobs[1].said() and "_act" not in jobs[0].said()
     assert "process 1 of 2 is stepping after step" in jobs[1].said() or "process 0 has failed" in jobs[1].said()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A configuration with its corpus; one source of 6 shards."""
+    place = tmp_path_factory.mktemp("stages")
+    changes = {"capture": {"top_k": 4, "context": 32, "batch_tokens": 256, "shard_size": 8}, "merge": None}
+    config = make_config(place, sources=[str(place / "a")], fusions=[{"name": "fused"}], **changes)
+    run_stages(config, ("prepare",))
+    save_config(config, place / "config.yaml")
+    return place
+
+
+@pytest.mark.parametrize(("act", "code"), [("raise", 1), ("hang", 75)])
+def test_a_process_that_fails_or_is_stuck_in_capture_ends_both(workers, prepared, tmp_path, act, code):
+    """It is at its second shard; the other makes its own and waits."""
+    run = tmp_path / "run"
+    shutil.copytree(prepared / "run" / "corpus", run / "corpus")
+    words = ["capture", str(prepared / "config.yaml"), "--output", str(run)]
+    words += ["--faults.watchdog-seconds", "4"] if act == "hang" else []
+    jobs = workers.pair(run, words=words, of_rank={1: {"act": act, "after": "captured/a/records-00001.array_record"}})
+    assert codes(jobs) == [code, code], [job.said() for job in jobs]
+    made = {path.name: path.stat().st_mtime for path in run.glob("captured/a/*.array_record")}
+    if act == "hang":
+        assert "process 1 of 2 is in capture and has not got on for 12 s" in jobs[1].said()
+        assert "_act" in jobs[1].said() and "in barrier" in jobs[0].said()  # the stacks of both
+    else:
+        assert jobs[1].said().rstrip().endswith("RuntimeError: planted for a test")
+        assert "process 1 has failed (RuntimeError)" in jobs[0].said()
+        assert time.time() - max(made.values()) < 30
+    assert {f"records-0000{shard}.array_record" for shard in ((0, 1, 2, 4) if act == "hang" else (1,))} <= set(made)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -7,6 +7,7 @@ codes), with a toy in place of the stage. What a job does to itself is said by s
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -27,10 +28,11 @@ from tests.paths import ROOT
 class Workers:
     """The process that forks jobs; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """Imports these modules, too, before anything is forked."""
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.train.workers"],
+            [sys.executable, "-W", "ignore", "-m", "tests.train.workers", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -93,6 +95,8 @@ def _serve() -> None:
     import fusejax.stages.command
     import fusejax.train.loop  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:
@@ -124,12 +128,9 @@ def _child(options: dict) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         for to, of in ((0, null), (1, log), (2, log)):
             os.dup2(of, to)
-        stage = types.ModuleType("fusejax.stages.run")
-        stage.command = lambda name, words: _job(options)  # type: ignore[attr-defined]
-        sys.modules[stage.__name__] = stage
         from fusejax import cli
 
-        code = cli.main(["train", "toy"])
+        code = cli.main(_stages(options) if "words" in options else _toy(options))
     except BaseException:
         import traceback
 
@@ -141,6 +142,31 @@ def _child(options: dict) -> None:
             jax.distributed.shutdown()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _toy(options: dict) -> list[str]:
+    """A toy of a training takes the place of the stages."""
+    stage = types.ModuleType("fusejax.stages.run")
+    stage.command = lambda name, words: _job(options)  # type: ignore[attr-defined]
+    sys.modules[stage.__name__] = stage
+    return ["train", "toy"]
+
+
+def _stages(options: dict) -> list[str]:
+    """The command line as it is; a job does `act` to itself at the first batch of a capture that finds a file."""
+    from fusejax.stages import capture
+
+    os.environ |= {"FUSEJAX_COORDINATOR": f"127.0.0.1:{options['port']}", "FUSEJAX_PROCESSES": "2"}
+    os.environ["FUSEJAX_PROCESS"] = str(options["rank"])
+    beat_as_ever = capture.beat
+
+    def beat() -> None:
+        beat_as_ever()
+        if "act" in options and Path(options["directory"], options["after"]).exists():
+            _act(options["act"], Path(options["directory"]))
+
+    capture.beat = beat
+    return options["words"]
 
 
 def _job(options: dict) -> Any:
