@@ -230,6 +230,10 @@ class FaultsConfig(Config):
     on_damaged_checkpoint: Literal["stop", "previous"] = Field(
         default="stop", description="Whether a damaged checkpoint stops the run, or the one before it is taken."
     )
+    on_changed_settings: Literal["stop", "restart"] = Field(
+        default="stop",
+        description="Whether checkpoints of other settings stop the run, or are set aside and training starts afresh.",
+    )
 
 
 class LogConfig(Config):

@@ -17,9 +17,7 @@ __all__ = [
 ]
 
 import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,7 @@ import numpy as np
 from fusejax.config import RunConfig
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
-from fusejax.io.manifest import fingerprint_of, write_json
+from fusejax.io.manifest import MANIFEST
 from fusejax.io.progress import Progress, progress, say
 from fusejax.losses.fused import batch_fusion_loss
 from fusejax.losses.whole import batch_whole_loss
@@ -47,14 +45,13 @@ from fusejax.parallel import (
     process_count,
 )
 from fusejax.parallel.device_kinds import find_device_kind
+from fusejax.stages.resume import set_aside, settle
 from fusejax.stages.together import meet
 from fusejax.train.faults import FaultPolicy
 from fusejax.train.loop import TrainResult
 from fusejax.train.loop import train as train_loop
 from fusejax.train.optimizer import make_optimizer, make_schedule, warmup_steps_from_ratio
 from fusejax.types import EventGroups
-
-_PLAN = "plan.json"
 
 
 class Optimization(NamedTuple):
@@ -88,6 +85,7 @@ def fit(
     loss: Mapping[str, Any],
     groups: EventGroups | None,
     identity: Mapping[str, Any],
+    replaces: Path,
     sources: Sequence[str] = (),
     mesh: Mapping[str, int] | None = None,
     max_steps: int | None = None,
@@ -105,7 +103,7 @@ def fit(
     evaluate_every: int = 0,
     watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Trains `params` in `directory`, going on from its last checkpoint if it belongs to the same plan.
+    """Trains `params` in `directory`, going on from its last checkpoint; refuses one of another training.
 
     Args:
       label: shown with the progress.
@@ -116,7 +114,8 @@ def fit(
       optimization: optimiser and schedule.
       loss: see `loss_function`.
       groups: event groups, one row per source; None without fusion.
-      identity: what determines the result; another one than last time starts afresh, saying so.
+      identity: what determines the result; see `settle`.
+      replaces: the model's directory; a model that stands there was made otherwise and is set aside.
       sources: a name for each row of `groups`, for the metrics.
       mesh: sizes of the mesh axes; None or all 1: one device.
       max_steps: stop earlier than the loader's end.
@@ -125,13 +124,19 @@ def fit(
       evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
       watch: sees the number and the metrics of each step; may raise.
     """
+    how = {"mesh": dict(mesh or {}), "accumulation": accumulation, "remat": remat, "attention": attention}
+    how |= {"sequence_parallel": sequence_parallel, "processes": process_count()}
+    faults = faults or FaultPolicy()
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat, attention=attention)
     total = min(len(loader), max_steps or len(loader))
     schedule, optimizer = schedule_and_optimizer(config, optimization, total)
     placed = placement(config, mesh)
     plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
     if is_first():
-        _start_afresh_unless_same(directory, plan)
+        settle(directory, plan, how, on_changed=faults.on_changed_settings)
+        if (replaces / MANIFEST).is_file():
+            say(f"{replaces}: settings or inputs have changed, making it again")
+            set_aside(replaces)
     meet(f"plan {directory}")
     tokens_per_step = loader.batch_size * loader.seq_len
     with progress(label, total=total * tokens_per_step, unit="tokens") as bar:
@@ -150,7 +155,7 @@ def fit(
             wandb_project=wandb_project,
             schedule=schedule,
             annotate=peak_share(config, loader.seq_len, devices=math.prod((mesh or {}).values())),
-            faults=faults or FaultPolicy(),
+            faults=faults,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             on_step=_reporter(bar, tokens_per_step, watch),
@@ -304,16 +309,3 @@ def own_batch_rows(placed: Mapping[str, Any], batch_size: int, option: str) -> l
 def widened(params: Any) -> Any:
     """Weights in float32, whatever they are stored in: a step of 1e-5 is lost in bfloat16's rounding."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-
-
-def _start_afresh_unless_same(directory: Path, identity: Mapping[str, Any]) -> None:
-    plan = {"plan": fingerprint_of(identity)}
-    path = directory / _PLAN
-    if path.is_file():
-        if json.loads(path.read_text()) == plan:
-            return
-        say(f"{directory}: settings or inputs have changed, training starts afresh")
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-    write_json(path, plan)

@@ -111,6 +111,7 @@ def pretrain(
         loss={"clm_weight": 1.0, "fusion_weight": 0.0},
         groups=None,
         identity=dict(settings) | dict(parents),
+        replaces=directory,
         mesh=mesh,
         faults=faults,
         **({"remat": "dots", "checkpoint_every": 250} | options),  # dots: less memory traffic, faster on CPU too

@@ -31,7 +31,6 @@ from fusejax.io.manifest import (
     write_manifest,
 )
 from fusejax.io.models import model_fingerprint, open_model, resolve_model
-from fusejax.io.progress import say
 from fusejax.io.tokenizer_probe import probe_tokenizer
 from fusejax.io.tokenizers import Tokenizer, load_tokenizer
 from fusejax.models import ModelConfig, model_config_to_hf
@@ -42,6 +41,7 @@ from fusejax.stages.lock import exclusive
 from fusejax.stages.outlook import how, shaped, tokenizer_directory
 from fusejax.stages.prepare import EMBEDDED, Sample, described_sources, read_source, read_sources
 from fusejax.stages.pretrain import pretrain
+from fusejax.stages.resume import determining, finished_model
 from fusejax.stages.together import meet
 from fusejax.train.faults import FaultPolicy
 
@@ -124,7 +124,7 @@ def _make(run: Run, ref: ModelRef) -> Manifest:
             stack.enter_context(exclusive(directory.parent, wait=True, name=f".{directory.name}.lock"))
         meet(f"locked {directory}")
         settings, parents = _identity(run, ref)
-        if done := finished(directory, kind=_KIND, settings=settings, parents=parents):
+        if done := finished_model(directory, settings=settings, parents=parents):
             return done
         meet(f"seen {directory}")  # nobody looks at what is replaced next
         return _trained(run, ref, directory, settings, parents)
@@ -133,8 +133,6 @@ def _make(run: Run, ref: ModelRef) -> Manifest:
 def _trained(run: Run, ref: ModelRef, directory: Path, settings: dict[str, Any], parents: dict[str, str]) -> Manifest:
     options = how(ref)
     _check_ours(directory)
-    if is_first() and (directory / MANIFEST).is_file():
-        say(f"{directory}: settings or inputs have changed, making it again")
     work = directory.with_name(f".{directory.name}.pretraining")
     documents = list(_documents(options))
     if not documents:
@@ -174,7 +172,9 @@ def _trained(run: Run, ref: ModelRef, directory: Path, settings: dict[str, Any],
         checkpoint_every=options.checkpoint_every,
     )
     if is_first():
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work / "tokenizer", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rmdir()  # stays where something was set aside
     return made
 
 
@@ -211,11 +211,11 @@ def _encoder(run: Run, ref: ModelRef, tokenizer: Tokenizer) -> DocumentEncoder:
 
 
 def _identity(run: Run, ref: ModelRef) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and parents: what determines the model. The mesh changes the rounding of its weights alone."""
+    """Settings and parents: what determines the model."""
     options = how(ref)
     said = options.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     said["seed"] = run.config.seed if options.seed is None else options.seed
-    settings: dict[str, Any] = {_OURS: said, "text": described_sources(options.text)}
+    settings = determining({_OURS: said, "text": described_sources(options.text)})
     if options.start is not None:
         start = resolve_model(options.start)
         settings |= _template_of(run, ref, run.tokenizer_in(start) if options.has_chat else None)

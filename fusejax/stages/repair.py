@@ -18,6 +18,7 @@ from fusejax.io.progress import say
 from fusejax.io.store import damaged_records, reopen, shard_index
 from fusejax.stages.capture import capture_identity, describe
 from fusejax.stages.context import Run
+from fusejax.stages.resume import REPLACED
 from fusejax.stages.run import STAGES
 
 _STAGE_OF = {
@@ -85,7 +86,7 @@ def _run_directory(directory: Path) -> Path:
 
 def _stage(root: Path, directory: Path, merges: Collection[str]) -> str:
     parts = directory.resolve().relative_to(root).parts
-    if parts[0] not in _STAGE_OF:
+    if parts[0] not in _STAGE_OF or any(REPLACED in part for part in parts):
         raise InputError(f"no stage of {root / 'config.yaml'} makes {directory}: copy it again from where it came")
     return "merge" if parts in {("models", name) for name in merges} else _STAGE_OF[parts[0]]
 

@@ -25,11 +25,12 @@ from fusejax.io.tokenizers import check_vocabulary
 from fusejax.models import ModelConfig, score_tokens
 from fusejax.parallel import is_first, to_host
 from fusejax.stages.capture import chat_settings
-from fusejax.stages.context import Run, finished
+from fusejax.stages.context import Run
 from fusejax.stages.fit import Optimization, fit, loss_options, own_batch_rows, placement, widened
 from fusejax.stages.fuse import CHAINS, PARTITIONS
 from fusejax.stages.keep import keep_model
 from fusejax.stages.lineage import check_lineage
+from fusejax.stages.resume import determining, finished_model
 from fusejax.stages.together import meet
 from fusejax.stages.trained_share import ShareAlarm
 from fusejax.train.faults import FaultPolicy
@@ -57,20 +58,17 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         loss = {"clm_weight": config.loss.clm_weight + config.loss.fusion_weight, "fusion_weight": 0.0}
         loss |= {"z_loss_weight": config.loss.z_loss_weight}
     settings = {"arm": arm, "train": options.model_dump(mode="json", exclude=_WITHOUT_EFFECT), "loss": _said(loss)}
-    settings |= {"seed": config.seed, "mesh": config.mesh.model_dump(mode="json")}
-    settings |= {"memory": config.memory.model_dump(mode="json")}
+    settings |= {"seed": config.seed, "memory": config.memory.model_dump(mode="json")}
     parents = {"target": run.fingerprint(config.target)}
     # The baseline depends on the text alone: other sources do not train it again.
     parents |= {"fused": reader.manifest.fingerprint} if fusing else {"corpus": _corpus(run)}
-    settings |= chat_settings(run, config.target)
+    settings = determining(settings | chat_settings(run, config.target))
     directory = run.model_dir(arm)
-    if done := finished(directory, kind="model", settings=settings, parents=parents):
+    if done := finished_model(directory, settings=settings, parents=parents):
         return done
     fusion = next(fusion for fusion in config.fusions if run.fused_dir(fusion.name) == fused_dir)
     check_lineage(run, fusion)
-    meet(f"train {arm}")  # nobody looks at what is removed next
-    if is_first():
-        run.replace_stale(directory)
+    meet(f"train {arm}")  # nobody looks at what is replaced next
     start = run.model(config.target)
     tokenizer = run.tokenizer(config.target)
     check_vocabulary(tokenizer, start.config.vocab_size, str(start.directory))
@@ -86,6 +84,8 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         use_targets=fusing,
     )
     groups = _groups(reader) if fusing else None
+    how = {"mesh": mesh, "accumulation": options.accumulation, "remat": options.remat}
+    how |= {"attention": config.training_attention, "sequence_parallel": config.memory.sequence_parallel}
     result = fit(
         f"train {arm}",
         widened(start.params),
@@ -97,13 +97,9 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         groups=groups,
         sources=() if groups is None else _rows_of(run.fusion_sources(fusion), groups),
         identity=settings | parents,
-        mesh=mesh,
+        replaces=directory,
         max_steps=options.max_steps,
-        accumulation=options.accumulation,
         compute_dtype=options.compute_dtype,
-        remat=options.remat,
-        attention=config.training_attention,
-        sequence_parallel=config.memory.sequence_parallel,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
@@ -112,6 +108,7 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         evaluate=_validation(run, start.config, mesh) if options.evaluate_every else None,
         evaluate_every=options.evaluate_every or 0,
         watch=ShareAlarm(f"train {arm}", read_manifest(run.corpus_dir, kind="corpus").facts["splits"]["train"]),
+        **how,
     )
     params = jax.tree.map(lambda new, old: to_host(new, dtype=old.dtype), full_params(result.state), start.params)
     facts = {
@@ -119,6 +116,7 @@ def train_arm(run: Run, arm: str, fused_dir: Path) -> Manifest:
         "tokens": int(result.state.step) * options.batch_size * options.seq_len,
         "compile_seconds": result.compile_seconds,
         "peak_bytes": result.peak_bytes,
+        "how": how,
     }
     if is_first():
         identity = {"settings": settings, "parents": parents}

@@ -53,6 +53,7 @@ class FaultPolicy(NamedTuple):
     max_skipped_steps: int = 0
     spike_factor: float | None = None
     on_damaged_checkpoint: Literal["stop", "previous"] = "stop"
+    on_changed_settings: Literal["stop", "restart"] = "stop"
 
 
 class _Request(NamedTuple):
