@@ -101,7 +101,7 @@ def every_kind() -> list[dict]:
     rows = []
     for name in KINDS:
         kind = DEVICE_KINDS[name]
-        found, memory = work(config, shape, kind, host), predict(shape, tpu=kind.is_tpu).total
+        found, memory = work(shape, kind, host), predict(shape, tpu=kind.is_tpu).total
         rate = {key: found["tokens_per_second"][key] for key in ("expected", "without_overlap")}
         rows.append({"device": name, "mfu": found["mfu"], "seconds": found["seconds_per_step"], **rate})
         rows[-1] |= {"predicted_bytes": memory, "fits": memory <= USABLE * kind.hbm_bytes}

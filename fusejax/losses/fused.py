@@ -1,16 +1,19 @@
 """The loss of a training step: hidden states and head in, one scalar out, no `[B, T, V]` array in between.
 
-`batch_fusion_loss` joins the batch, the partitions and the kernel. On a mesh it owns the `shard_map`: tokens over
-`token_axes`, the vocabulary over `vocab_axis`. Gradients are computed inside the forward `shard_map` and scaled by
-the cotangent, so nothing differentiates through a collective, and Auto and Explicit meshes behave alike. Per chunk
-the collectives are a `pmax` of `[c]` and a `psum` of `[c, n + G]`; logits are never gathered. The head is gathered
-over the token axes if it is stored split over them (fsdp), as in any such step.
+`batch_fusion_loss` joins the batch, the partitions and the kernel. On a mesh it owns the `shard_map`, laid out by
+the sharding rules: tokens as `batch`, the head as `embed` and `vocab`. Gradients are computed inside the forward
+`shard_map` and scaled by the cotangent, so nothing differentiates through a collective, and Auto and Explicit meshes
+behave alike. Per chunk the collectives are a `pmax` of `[c]` and a `psum` of `[c, n + G]`; logits are never gathered.
+A head that is stored split over token axes (fsdp) is gathered over them, and its gradient is scattered back: no
+device ever holds the sum of it whole.
 
 Deliberately not here: sources with different partitions are never averaged as probabilities, they are mixed as a
 weighted sum of divergences (the M axis); nothing is tempered on the target's side.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from fusejax.errors import InputError
 from fusejax.losses.events import count_folded, expand_events
 from fusejax.losses.weights import batch_metrics, position_weights, supervision_masks
+from fusejax.parallel.sharding import ShardingRules
 from fusejax.types import EventGroups, FusionBatch, TopK
 from pallas_kernels.fused_softmax_kl import (
     LinearOptions,
@@ -40,15 +44,31 @@ Array = jax.Array
 class _Placement(NamedTuple):
     """Where the arrays lie; hashable, so that it can be a static argument."""
 
-    mesh: Mesh | None
-    token_axes: tuple[str, ...]
-    vocab_axis: str | None
+    mesh: Mesh | None = None
+    token_axes: tuple[str, ...] = ()
+    vocab_axis: str | None = None
+    width_axes: tuple[str, ...] = ()  # token axes over which the head is stored split along its width
 
     def tokens(self) -> P:
         return P(self.token_axes or None)
 
     def head(self, layout: str) -> P:
-        return P(None, self.vocab_axis) if layout == "dv" else P(self.vocab_axis, None)
+        width = self.width_axes or None
+        return P(width, self.vocab_axis) if layout == "dv" else P(self.vocab_axis, width)
+
+    def whole_head(self, head: Array, layout: str) -> Array:
+        """Inside the `shard_map`: the head with all of its width."""
+        if not self.width_axes:
+            return head
+        return jax.lax.all_gather(head, self.width_axes, axis=0 if layout == "dv" else 1, tiled=True)
+
+    def summed_gradient(self, dhead: Array, layout: str) -> Array:
+        """Inside the `shard_map`: the head's gradient over all tokens, split as the head is stored."""
+        if self.width_axes:
+            along = 0 if layout == "dv" else 1
+            dhead = jax.lax.psum_scatter(dhead, self.width_axes, scatter_dimension=along, tiled=True)
+        rest = tuple(axis for axis in self.token_axes if axis not in self.width_axes)
+        return jax.lax.psum(dhead, rest) if rest else dhead
 
 
 class _Rows(NamedTuple):
@@ -98,7 +118,7 @@ def _local(
     *,
     options: LinearOptions,
     max_members: int,
-    token_axes: tuple[str, ...],
+    place: _Placement,
 ) -> tuple:
     """One device's part: returns (losses [b, t, ...], folded [b, t], (dhidden, dhead) or None)."""
     shape = hidden.shape[:2]
@@ -106,18 +126,17 @@ def _local(
     restore: Any = functools.partial(jax.tree.map, lambda x: x.reshape(*shape, *x.shape[1:]))
     options = options._replace(expand=lambda chunk: _expand(chunk, groups, max_members))
     flat, rows, masks, weights = flatten((hidden, rows, masks, weights))
-    out, dhidden, dhead = linear_loss_and_gradients(flat, head, rows, masks, weights, options)
+    whole = place.whole_head(head, options.head_layout)
+    out, dhidden, dhead = linear_loss_and_gradients(flat, whole, rows, masks, weights, options)
     out, folded = restore((out, _folded(rows, groups, max_members)))
     if dhidden is None or dhead is None:
         return out, folded, None
-    if token_axes:
-        dhead = jax.lax.psum(dhead, token_axes)
-    return out, folded, (restore(dhidden), dhead.astype(head.dtype))
+    return out, folded, (restore(dhidden), place.summed_gradient(dhead, options.head_layout).astype(head.dtype))
 
 
 def _run(static: tuple, hidden: Array, head: Array, rows: _Rows, groups: Any, masks: tuple, weights: Any) -> tuple:
     place, options, max_members = static
-    local = functools.partial(_local, options=options, max_members=max_members, token_axes=place.token_axes)
+    local = functools.partial(_local, options=options, max_members=max_members, place=place)
     if place.mesh is None:
         return local(hidden, head, rows, groups, masks, weights)
     tokens, kernel = place.tokens(), place.head(options.head_layout)
@@ -151,23 +170,30 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _placement(
-    mesh: Mesh | None, token_axes: tuple[str, ...], vocab_axis: str, batch_rows: int, vocab: int
+    mesh: Mesh | None, rules: ShardingRules, batch_rows: int, width: int, vocab: int
 ) -> _Placement:
     if mesh is None:
-        return _Placement(None, (), None)
-    axes = tuple(a for a in token_axes if a in mesh.shape)
-    split = vocab_axis if mesh.shape.get(vocab_axis, 1) > 1 else None
-    ways = 1
-    for axis in axes:
-        ways *= mesh.shape[axis]
-    if batch_rows % ways:
+        return _Placement()
+    tokens = tuple(axis for axis in rules.batch if axis in mesh.shape)
+    widths = tuple(axis for axis in rules.embed if axis in tokens and mesh.shape[axis] > 1)
+    split = [axis for axis in rules.vocab if mesh.shape.get(axis, 1) > 1]
+    if len(split) > 1:
+        raise InputError(f"the loss splits the vocabulary over one mesh axis, the rules name {', '.join(split)}")
+    place = _Placement(mesh, tokens, split[0] if split else None, widths)
+    if batch_rows % (ways := _ways(mesh, tokens)):
         raise InputError(f"a batch of {batch_rows} rows cannot be split over {ways} devices; use a multiple of {ways}")
-    if split and vocab % mesh.shape[split]:
+    if width % (ways := _ways(mesh, widths)):
+        raise InputError(f"a head of width {width} cannot be split over {ways} devices; use a smaller fsdp axis")
+    if vocab % (ways := _ways(mesh, split)):
         raise InputError(
-            f"a head of {vocab} rows cannot be split over {mesh.shape[split]} devices of mesh axis {split!r}; "
+            f"a head of {vocab} rows cannot be split over {ways} devices of mesh axis {split[0]!r}; "
             "pad the vocabulary (and give valid_vocab) or use a smaller tensor axis"
         )
-    return _Placement(mesh, axes, split)
+    return place
+
+
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _put(tree: Any, place: _Placement, spec: P) -> Any:
@@ -196,8 +222,7 @@ def batch_fusion_loss(
     max_members: int = 256,
     denominator: float | Array | None = None,
     mesh: Mesh | None = None,
-    token_axes: tuple[str, ...] = ("data", "fsdp"),
-    vocab_axis: str = "tensor",
+    rules: ShardingRules | None = None,
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns `clm_weight * CLM + fusion_weight * sum_m weights_m * divergence_m` over the trained tokens.
@@ -211,7 +236,8 @@ def batch_fusion_loss(
       unsupervised: "clm": CLM takes `clm_weight + fusion_weight` where there is no distribution; "none": it does not.
       max_members: slots for the members of one distribution's events; what does not fit joins the rest.
       denominator: trained tokens of the whole step over all its micro-batches and devices; None: of this batch.
-      mesh: None: one device; else tokens are split over `token_axes`, the vocabulary over `vocab_axis`.
+      mesh: None: one device.
+      rules: where rows, vocabulary and the head's width lie on the mesh; the default rules if None.
       **options: divergence, tail, temperature, scale_by_temperature_squared, chunk, softcap, valid_vocab, logits_dtype,
         z_loss_weight (in parts of CLM's weight).
 
@@ -228,8 +254,8 @@ def batch_fusion_loss(
         none = TopK(*(x[:, :, :0] for x in batch.targets))
         batch = batch._replace(targets=none, partition=batch.partition[..., :0], weights=batch.weights[..., :0])
     settings = LinearOptions(head_layout=head_layout, **options)
-    vocab = head.shape[1 if head_layout == "dv" else 0]
-    place = _placement(mesh, token_axes, vocab_axis, hidden.shape[0], vocab)
+    width, vocab = head.shape if head_layout == "dv" else head.shape[::-1]
+    place = _placement(mesh, rules or ShardingRules(), hidden.shape[0], width, vocab)
     settings = settings._replace(vocab_axis=place.vocab_axis)
     count = jnp.maximum((batch.mask != 0).sum(dtype=jnp.float32), 1.0) if denominator is None else denominator
     masks = supervision_masks(batch)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from fusejax.errors import InputError
 from fusejax.losses.rivals import alm_divergence, chunk_logprobs, uld_distance
 from fusejax.losses.weights import batch_metrics, position_weights, supervision_masks
+from fusejax.parallel.sharding import ShardingRules
 from fusejax.types import EventGroups, FusionBatch, TopK
 from pallas_kernels.fused_softmax_kl import check_options, divergence_sum
 
@@ -190,16 +191,14 @@ def batch_whole_loss(
     head_layout: str = "dv",
     denominator: float | Array | None = None,
     mesh: Mesh | None = None,
-    token_axes: tuple[str, ...] = ("data", "fsdp"),
-    vocab_axis: str = "tensor",
+    rules: ShardingRules | None = None,
     chunk: int | None = None,
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `fusejax.losses.fused.batch_fusion_loss` does, for distributions of any number of entries.
 
     Args:
-      hidden, head, batch, groups, clm_weight, fusion_weight, unsupervised, head_layout, denominator, token_axes: as
-        there.
+      hidden, head, batch, groups, clm_weight, fusion_weight, unsupervised, head_layout, denominator, rules: as there.
       mesh: an Auto mesh; None: one device.
       chunk: tokens whose logits are held at once; None: as many as make 16 MiB.
       **options: divergence, also "uld" and "alm"; tail, temperature, scale_by_temperature_squared.
@@ -211,11 +210,13 @@ def batch_whole_loss(
       InputError: a mesh that splits the vocabulary; ValueError: options that cannot be used.
     """
     vocab = head.shape[1 if head_layout == "dv" else 0]
-    if mesh is not None and mesh.shape.get(vocab_axis, 1) > 1:
-        raise InputError(
-            f"whole logits are not split over mesh axis {vocab_axis!r}, which has {mesh.shape[vocab_axis]} devices; "
-            f"set mesh.{vocab_axis} 1"
-        )
+    rules = rules or ShardingRules()
+    for axis in rules.vocab:
+        if mesh is not None and mesh.shape.get(axis, 1) > 1:
+            raise InputError(
+                f"whole logits are not split over mesh axis {axis!r}, which has {mesh.shape[axis]} devices; "
+                f"set mesh.{axis} 1"
+            )
     count = jnp.maximum((batch.mask != 0).sum(dtype=jnp.float32), 1.0) if denominator is None else denominator
     masks, supervised = supervision_masks(batch), None
 
@@ -226,7 +227,7 @@ def batch_whole_loss(
 
     call: Any = local
     if mesh is not None:
-        tokens = P(tuple(a for a in token_axes if a in mesh.shape) or None)
+        tokens = P(tuple(a for a in rules.batch if a in mesh.shape) or None)
         specs = {"in_specs": (tokens, P(), P(), tokens), "out_specs": tokens}
         call = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
     rows = (batch.labels, batch.targets, batch.partition, masks)

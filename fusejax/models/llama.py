@@ -41,7 +41,6 @@ from fusejax.parallel.sharding import Layout, ShardingRules
 __all__ = ["Cache", "Llama", "cached_states", "head_kernel", "hidden_states", "logits"]
 
 Tree = Mapping[str, Any]
-_ROWS = ("batch", "seq", None)
 
 
 class Reading(NamedTuple):
@@ -250,8 +249,7 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Runs the layers; `whole` is the mask of those that ignore the sliding window."""
         cfg = self.cfg
-        table = layout.gathered(self.embed.embedding[...], ("vocab", "embed"))
-        x = layout.spread(layout.take_rows(table, tokens, _ROWS).astype(cfg.dtype))
+        x = layout.spread(layout.take_rows(self.embed.embedding[...], tokens, dtype=cfg.dtype))
 
         def step(x: jax.Array, layer: tuple[Layer, jax.Array | None, Cache | None]) -> tuple[jax.Array, Cache | None]:
             module, ignores, cache = layer

@@ -6,8 +6,8 @@
 
 Compute and memory add up; communication is hidden behind both as far as it goes (the schedulers of XLA for GPU and
 TPU gather the next layer's parameters while this one computes), or not at all: `expected` and `without_overlap`. The
-shares are assumptions, the same for every device, and are printed with every prediction. Not here: latency, which
-counts for small arrays only; stragglers; input; checkpoints.
+shares are assumptions, the same for every device, and are printed with every prediction, as are the passes by which
+the bytes are counted. Not here: latency, which counts for small arrays only; stragglers; input; checkpoints.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,13 @@ __all__ = ["Assumptions", "StepTime", "communication_seconds", "step_time", "wir
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of a device's peaks that programs reach."""
+    """Shares of a device's peaks that programs reach, and how often what they make goes to or from its memory."""
 
     matmul_share: float = 0.6
     memory_share: float = 0.8
     link_share: float = 0.8
+    layer_passes: int = 4  # what a layer makes: forward, again in the backward pass, backward, its gradient
+    logits_passes: int = 3  # written; read for the sums; read for their gradient
 
 
 class StepTime(NamedTuple):

@@ -146,21 +146,44 @@ def _size(shape: str) -> int:
     return sum(_BYTES[kind] * prod(dims) for kind, dims in _arrays(shape))
 
 
-def _calls(program: Program, name: str, times: int, outer: int) -> Iterator[tuple[str, int, int]]:
-    """Yields (computation, how often it runs, how often what its loop does not change runs)."""
-    yield name, times, outer
+class _Run(NamedTuple):
+    """A computation as often as it is reached."""
+
+    name: str
+    times: int
+    outer: int = 1  # how often what its loop does not change runs
+    fixed: frozenset[str] = frozenset()  # values that its loop does not change
+
+
+def _calls(program: Program, run: _Run) -> Iterator[_Run]:
+    """Yields a computation and all that it calls."""
+    yield run
+    name, times, outer, fixed = run
     for op in program.computations[name].values():
         if op.opcode == "while":
             body, condition = (re.search(rf"{key}=%?([\w.\-]+)", op.attributes) for key in ("body", "condition"))
             if body is None or condition is None:
                 raise ValueError(f"the loop {op.name} names no body")
-            yield from _calls(program, body[1], times * _trips(program, op, condition[1]), times)
-        elif op.opcode in ("call", "conditional", "fusion", "async-start"):
+            turns = times * _trips(program, op, condition[1])
+            yield from _calls(program, _Run(body[1], turns, times, _unchanged(program, body[1])))
+        elif op.opcode == "call" and (called := re.search(r"to_apply=%?([\w.\-]+)", op.attributes)):
+            given = _given(program, name, op, called[1], fixed)
+            yield from _calls(program, _Run(called[1], times, outer, given))
+        elif op.opcode in ("conditional", "fusion", "async-start"):
             names = re.findall(r"(?:to_apply|calls|\w+_computation)=%?([\w.\-]+)", op.attributes)
             if branches := re.search(r"branch_computations=\{([^}]*)\}", op.attributes):
                 names += re.findall(r"%?([\w.\-]+)", branches[1])
             for inner in names:
-                yield from _calls(program, inner, times, times)
+                yield from _calls(program, _Run(inner, times, times))
+
+
+def _given(program: Program, caller: str, call: Instruction, called: str, fixed: frozenset[str]) -> frozenset[str]:
+    """The parameters of a called computation whose arguments the caller's loop does not change."""
+    if not fixed:
+        return frozenset()
+    same = [_depends(operand, program.computations[caller], fixed) for operand in call.operands]
+    parameters = [op for op in program.computations[called].values() if op.opcode == "parameter"]
+    return frozenset(op.name for op in parameters if same[int(re.match(r"\d+", op.attributes)[0])])  # type: ignore[index]
 
 
 def _trips(program: Program, loop: Instruction, condition: str) -> int:
@@ -178,10 +201,9 @@ def _trips(program: Program, loop: Instruction, condition: str) -> int:
 def collectives(program: Program) -> list[Collective]:
     """Returns the collectives between two devices or more, those of accelerators' compilers (see above)."""
     found = []
-    for name, times, outer in _calls(program, program.entry, 1, 1):
+    for name, times, outer, fixed in _calls(program, _Run(program.entry, 1)):
         inside = program.computations[name]
         users = _users(inside)
-        fixed = _unchanged(program, name) if times != outer else frozenset()
         summed = set()
         for op in inside.values():
             kind = op.opcode.removesuffix("-start")
@@ -209,7 +231,7 @@ def collectives(program: Program) -> list[Collective]:
 def dot_flops(program: Program) -> int:
     """Returns the operations of all matrix products on one device, a multiply-add counting two."""
     total = 0
-    for name, times, _ in _calls(program, program.entry, 1, 1):
+    for name, times, _, _ in _calls(program, _Run(program.entry, 1)):
         inside = program.computations[name]
         for op in inside.values():
             if op.opcode != "dot":

@@ -15,7 +15,7 @@ wherever a contraction or a gather leaves a choice. Without a mesh its methods a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import jax
@@ -167,11 +167,25 @@ class Layout:
             return jnp.einsum(equation, x, w, out_sharding=self.sharding(axes), **options)
         return self.constrain(jnp.einsum(equation, x, w, **options), axes)
 
-    def take_rows(self, table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
-        """Returns `table[ids]` (`[V, D]`, `[...]` -> `[..., D]`); an id beyond the table reads NaN."""
+    def take_rows(self, table: jax.Array, ids: jax.Array, *, dtype: Any) -> jax.Array:
+        """Returns `table[ids]` (`[V, D]`, `[B, T]` -> `[B, T, D]`) in `dtype`; an id beyond the table reads NaN.
+
+        The table stays where it is stored. Each device reads its columns for the tokens of all that share the table,
+        and the columns are exchanged for rows: what travels, forward and back, is as large as the result in `dtype`.
+        A row's gradient is summed where it is stored, in the table's dtype.
+        """
+        stored = self.constrain(table, ("vocab", "embed"))
+        if self.mesh is None:
+            return stored.at[ids].get(mode="fill").astype(dtype)
+        elsewhere = set(self.rules.embed)
+        rows = tuple(axis for axis in self.rules.batch if axis not in elsewhere)
+        columns = replace(self, rules=replace(self.rules, batch=rows))
+        ids, axes = columns.constrain(ids, ("batch", "seq")), ("batch", "seq", "embed")
         if self.explicit:
-            return table.at[ids].get(out_sharding=self.sharding(axes), mode="fill")
-        return self.constrain(table.at[ids].get(mode="fill"), axes)
+            found = stored.at[ids].get(out_sharding=columns.sharding(axes), mode="fill")
+        else:
+            found = stored.at[ids].get(mode="fill")
+        return self.constrain(columns.constrain(found.astype(dtype), axes), ("batch", "seq", None))
 
 
 def _indivisible(path: str, row: HasAxes, spec: PartitionSpec, mesh: Mesh) -> list[str]:

@@ -257,7 +257,8 @@ def loss_function(
         hidden = hidden_states(params, config, *given, mesh=mesh, rules=rules)
         head, layout = head_kernel(params, config)
         head = head.astype(hidden.dtype)
-        divergence = partial(compute, head_layout=layout, denominator=denominator, mesh=mesh, **options)
+        placed = {"mesh": mesh, "rules": rules}
+        divergence = partial(compute, head_layout=layout, denominator=denominator, **placed, **options)
         return divergence(hidden, head, batch, groups)
 
     return loss_fn

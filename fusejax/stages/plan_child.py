@@ -22,13 +22,12 @@ from fusejax.parallel.costs import Assumptions, step_time, wire_bytes
 from fusejax.parallel.device_kinds import DEVICE_KINDS, DeviceKind
 from fusejax.parallel.hlo import Collective, collectives, dot_flops, largest_array
 from fusejax.stages.outlook import outlook
-from fusejax.stages.plan_disk import disk_bytes, text_tokens
-from fusejax.stages.plan_memory import Memory, layer_bytes, measure, predict
+from fusejax.stages.plan_disk import disk_assumptions, disk_bytes, text_tokens
+from fusejax.stages.plan_memory import Memory, measure, predict
 from fusejax.stages.plan_program import Compiled, Shape, compile_for_device, compile_on_host, missing_compiler
+from fusejax.stages.plan_traffic import memory_traffic, optimizer_bytes
 
 USABLE = 0.92  # of a device's memory: the rest is the driver's, the collectives' and fragments'
-_PASSES = 4  # times that what a layer makes goes to or from memory: forward, again, backward, its gradient
-_OPTIMIZER_BYTES = 28  # per parameter and step: gradient read, parameter and two moments read and written
 _SHOWN = 3
 
 
@@ -63,12 +62,27 @@ def plan(config: RunConfig, mesh: dict[str, int], *, kind: DeviceKind, compiler:
         "mesh": dict(mesh),
         "devices": shape.devices,
         "parameters": count_params(model),
-        **work(config, shape, kind, host),
+        **work(shape, kind, host),
         "disk_bytes": sum(disk.values()),
         "disk": disk,
+        "disk_assumptions": disk_assumptions(config),
         "tokens": total_tokens,
         "tokens_source": source,
+        "notes": notes(config),
     }
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Returns in what the plan is not of the very program that the configuration runs."""
+    found = []
+    if config.memory.attention == "cudnn":
+        found.append(
+            "memory.attention is cudnn, the plan is of plain attention, whose scores of all positions by all stand in "
+            "memory: activations, temporaries and seconds are upper bounds"
+        )
+    if config.memory.sequence_parallel and config.mesh.tensor == 1:
+        found.append("memory.sequence_parallel does nothing where mesh.tensor is 1")
+    return found
 
 
 def _planned(config: RunConfig) -> ModelConfig:
@@ -99,18 +113,15 @@ def _memory(shape: Shape, kind: DeviceKind, compiler: str) -> tuple[Memory, dict
     return measure(shape, compiled)._replace(items=predicted.items), said | {"source": f"compiler:{compiled.compiler}"}
 
 
-def work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> dict[str, Any]:
+def work(shape: Shape, kind: DeviceKind, host: Compiled) -> dict[str, Any]:
     """Operations, collectives and speed of a compiled step on devices of a kind."""
     assert host.program is not None
     found = collectives(host.program)
     flops = dot_flops(host.program)
-    local = count_params(shape.model) / (shape.mesh["fsdp"] * shape.mesh["tensor"])
-    columns = shape.model.vocab_size // shape.mesh["tensor"]
-    moved = _OPTIMIZER_BYTES * local + shape.accumulation * (
-        _PASSES * shape.model.num_layers * layer_bytes(shape) + 3 * 4 * shape.rows * shape.seq_len * columns
-    )
     assumptions = Assumptions()
-    time = step_time(kind, flops=flops, memory_bytes=moved, collectives=found, assumptions=assumptions)
+    moved = memory_traffic(shape, assumptions)
+    time = step_time(kind, flops=flops, memory_bytes=sum(moved.values()), collectives=found, assumptions=assumptions)
+    update = optimizer_bytes(shape.optimization, accumulation=shape.accumulation)
     per_token = flops_per_token(shape.model, shape.seq_len)
     rate = shape.tokens / time.expected
     return {
@@ -127,7 +138,9 @@ def work(config: RunConfig, shape: Shape, kind: DeviceKind, host: Compiled) -> d
             "at_peak": round(shape.tokens / time.at_peak, 1),
         },
         "mfu": round(rate * per_token / (kind.bf16_flops * shape.devices), 4),
-        "assumptions": dataclasses.asdict(assumptions),
+        "memory_traffic": moved,
+        "assumptions": dataclasses.asdict(assumptions)
+        | {"usable_share": USABLE, "optimizer_bytes_per_parameter": update},
         "step": {
             "batch_size": shape.batch_size,
             "seq_len": shape.seq_len,

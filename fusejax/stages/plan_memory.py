@@ -4,14 +4,15 @@ Parameters and optimiser state follow from the shardings, exactly. What the forw
 shapes of the program's own residuals, exactly. Temporaries are a sum of what must exist at the fullest moment:
 
     always    gradients of the step (in the parameters' dtype, sharded like them; with accumulation a float32 sum
-              as well); the gathered embedding and its gradient (likewise), the gathered head (compute dtype)
+              as well); the gathered head (compute dtype)
     and       backward through one layer: its recomputed residuals, its gathered weights and their gradients;
-    or        the loss: the head's gradient twice (float32; summed here and over devices), a chunk of logits.
+    or        the loss: the head's gradient (float32, whole; and this device's part of its sum), a chunk of logits.
+
+The embedding is not gathered: it is read, and its gradient summed, where it is stored (`Layout.take_rows`).
 
 TPUs need less, in two ways that are counted (`tpu`): their kernel for attention holds no scores, and their compiler,
-which orders a step for its memory, lets share it what does not exist at once: the gradient of the embedding, the head
-with its loss, and the backward pass of a layer. The gathered embedding is in use throughout where there are several
-micro-batches, and at either end of the step where there is one.
+which orders a step for its memory, lets share it what does not exist at once: the head with its loss, and the
+backward pass of a layer.
 
 The processor's compiler is no guide to the last part: it computes bfloat16 in float32, so it holds up to twice as
 much (docs/plan.md has the table). Compilers of accelerators schedule the rest differently, by some percent.
@@ -112,26 +113,23 @@ def predict(shape: Shape, *, tpu: bool = False) -> Memory:
     if tpu and _without_scores(shape):
         square = (shape.seq_len, shape.seq_len)
         kept, everything = ([x for x in leaves if x.shape[-2:] != square] for leaves in (kept, everything))
-    embed = sizes["embed.embedding"][1]
-    head = sizes.get("head.kernel", sizes["embed.embedding"])[1]
+    own_head, head = sizes.get("head.kernel", sizes["embed.embedding"])
     gathered = shape.mesh["fsdp"] > 1
     layer_weights = width * in_layers // layers
     columns = shape.model.vocab_size // shape.mesh["tensor"]
     gradients = local * (param + (_STATE if shape.accumulation > 1 else 0))
-    embedding = param * embed
     head_bytes = width * head if gathered or width != param else 0
     # without rematerialisation what a layer needs is kept already; about half of it again is in flight
     share = 0.5 if shape.model.remat == "none" else 1.0
     backward = int(share * _kept_bytes(shape, everything, remat="none") / layers) + layer_weights
-    loss = 2 * _STATE * head + shape.chunk * columns * (4 + width)
+    loss = _STATE * (head + own_head) + shape.chunk * columns * (4 + width)
+    items = {"gradients": gradients}
     if tpu:
-        throughout = embedding if gathered and shape.accumulation > 1 else 0
-        phases = {"backward of a layer": backward, "head and loss": head_bytes + loss, "embedding's end": embedding}
+        phases = {"backward of a layer": backward, "head and loss": head_bytes + loss}
         fullest = max(phases, key=lambda name: phases[name])
-        items = {"gradients": gradients, "embedding": throughout, fullest: phases[fullest]}
+        items[fullest] = phases[fullest]
     else:
-        items = {"gradients": gradients, "embedding": embedding * (2 if gathered else 1), "head": head_bytes}
-        items["backward of a layer" if backward >= loss else "loss"] = max(backward, loss)
+        items |= {"head": head_bytes, "backward of a layer" if backward >= loss else "loss": max(backward, loss)}
     master = _STATE * local if param < _STATE else 0  # narrow parameters have a float32 copy
     activations = _kept_bytes(shape, kept, remat=shape.model.remat)
     return Memory(param * local, _moment_bytes(shape, local) + master, activations, sum(items.values()), items)

@@ -18,7 +18,8 @@ def bytes_text(count: float) -> str:
 
 def render(plan: Mapping[str, Any]) -> str:
     """Returns the plan in paragraphs of aligned lines."""
-    return "\n\n".join((_head(plan), _memory(plan), _speed(plan), _traffic(plan), _disk(plan)))
+    parts = [_head(plan), _memory(plan), _speed(plan), _traffic(plan), _disk(plan)]
+    return "\n\n".join(parts + ["Note: " + note for note in plan["notes"]])
 
 
 def _lines(title: str, rows: list[tuple[str, str]]) -> str:
@@ -37,13 +38,13 @@ def _head(plan: Mapping[str, Any]) -> str:
 
 
 def _memory(plan: Mapping[str, Any]) -> str:
-    found = plan["per_device_bytes"]
+    found, usable = plan["per_device_bytes"], plan["assumptions"]["usable_share"]
     rows = [(name, bytes_text(size)) for name, size in found.items()]
     if plan["memory_items"]:
         parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in plan["memory_items"].items())
         said = " (as predicted)" if plan["memory_source"] != "model" else ""
         rows.insert(4, ("  of these", parts + said))
-    rows.append(("usable", f"{bytes_text(plan['usable_bytes'])} of {bytes_text(plan['hbm_bytes'])}"))
+    rows.append(("usable", f"{bytes_text(plan['usable_bytes'])} of {bytes_text(plan['hbm_bytes'])} ({usable:.0%} assumed)"))
     rows.append(("fits", "yes" if plan["fits"] else "NO"))
     if "refused" in plan:
         rows.append(("compiler", plan["refused"]))
@@ -64,6 +65,13 @@ def _speed(plan: Mapping[str, Any]) -> str:
         ("tokens per second", f"{rate['expected']:,.0f} (without overlap {rate['without_overlap']:,.0f})"),
         ("share of peak", f"{plan['mfu']:.1%} of the operations that training needs"),
         ("seconds per step", ", ".join(f"{name} {time[name]:.3g}" for name in ("compute", "memory", "communication"))),
+        ("memory traffic", ", ".join(f"{name} {bytes_text(size)}" for name, size in plan["memory_traffic"].items())),
+        (
+            "  assumed",
+            f"what a layer makes passes {shares['layer_passes']} times (once less with remat none), logits "
+            f"{shares['logits_passes']} times; the update moves {shares['optimizer_bytes_per_parameter']} bytes per "
+            "parameter",
+        ),
     ]
     title = (
         f"Speed (matrix products at {shares['matmul_share']:.0%} of the peak, memory at {shares['memory_share']:.0%}, "
@@ -86,5 +94,14 @@ def _traffic(plan: Mapping[str, Any]) -> str:
 
 def _disk(plan: Mapping[str, Any]) -> str:
     rows = [(name, bytes_text(size)) for name, size in plan["disk"].items()]
+    told = plan["disk_assumptions"]
+    rows.append(
+        (
+            "assumed",
+            f"{told['text_bytes_per_token']:g} bytes of text per token, documents of {told['document_bytes']:,.0f} "
+            f"bytes, models in {told['dtype_of_models']}, {told['train_states_kept']} train states of "
+            f"{told['train_state_bytes_per_parameter']} bytes per parameter",
+        )
+    )
     title = f"Disk: {bytes_text(plan['disk_bytes'])} for {plan['tokens']:,} tokens ({plan['tokens_source']})"
     return _lines(title, rows)
