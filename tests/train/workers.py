@@ -173,6 +173,7 @@ def _job(options: dict) -> Any:
     import jax
 
     from fusejax.data.loader import FusionLoader
+    from fusejax.parallel import processes
     from fusejax.parallel.processes import barrier, start_processes
     from fusejax.stages.command import Result
     from fusejax.train import faults
@@ -180,7 +181,7 @@ def _job(options: dict) -> Any:
     from fusejax.train.optimizer import make_optimizer
     from tests.train.toy import toy_loss, toy_mask, toy_params, toy_records
 
-    faults._PATIENCE = 0.5
+    faults._PATIENCE, processes._HEARTBEAT_SECONDS = 0.5, 10
     rank = options.get("rank", 0)
     where: dict[str, Any] = {}
     if "port" in options:
