@@ -14,7 +14,7 @@ from fusejax.train.metrics import read_metrics
 from tests.stages.tiny import make_config
 
 from .test_faults import assert_same_end, assert_steps_restore
-from .workers import Workers
+from .workers import CANARY, Workers
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +105,9 @@ def test_a_process_that_fails_or_is_stuck_in_capture_ends_both(workers, prepared
     words += ["--faults.watchdog-seconds", "4"] if act == "hang" else []
     jobs = workers.pair(run, words=words, of_rank={1: {"act": act, "after": "captured/a/records-00001.array_record"}})
     assert codes(jobs) == [code, code], [job.said() for job in jobs]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()
+    ]  # logs, too
     made = {path.name: path.stat().st_mtime for path in run.glob("captured/a/*.array_record")}
     if act == "hang":
         assert "process 1 of 2 is in capture and has not got on for 12 s" in jobs[1].said()
