@@ -218,8 +218,8 @@ class FaultsConfig(Config):
     watchdog_seconds: float | None = Field(
         default=1200.0,
         gt=0,
-        description="A step that takes longer ends the process with its stacks and exit code 75; compiling, evaluating, "
-        "saving and a batch of another stage may take three times that. None: no watchdog.",
+        description="A step that takes longer ends the process with its stacks and exit code 75. Compiling, saving, "
+        "evaluating and a batch of another stage may take three times that. None: no watchdog.",
     )
     max_skipped_steps: int = Field(
         default=0, ge=0, description="Steps in a row that are left out because loss or gradient is not finite."

@@ -43,6 +43,7 @@ __all__ = [
 _COORDINATOR, _COUNT, _INDEX = "FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS"
 _DEVICES, _MODE = "FUSEJAX_LOCAL_DEVICES", "FUSEJAX_DISTRIBUTED"
 _SHUTDOWN_SECONDS = 30  # processes end within a barrier's width of each other; the default of 300 only delays failures
+_HEARTBEAT_SECONDS = 100  # after which one that was killed, or whose machine is gone, is given up; JAX's default
 _BACKSTOP_SECONDS = 20 * 86_400  # of a barrier in the service, which wants a time; as long as it can count
 _PROGRESS = "fusejax/progress/"
 
@@ -228,6 +229,7 @@ def _initialize(
             local_device_ids=local_devices,
             cluster_detection_method=None if detect else "deactivate",
             initialization_timeout=timeout,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except ValueError as error:

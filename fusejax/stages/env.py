@@ -17,10 +17,18 @@ from typing import Any, TextIO
 import jax
 
 import fusejax
-from fusejax.errors import InputError
-from fusejax.parallel.flags import FLAG_VARIABLES, Setting, load_settings, setting_kinds
+from fusejax.parallel.flags import FLAG_VARIABLES, load_settings, setting_kinds
 from fusejax.stages.command import Result, parser
-from fusejax.stages.flags import Verdict, detect_device, export_lines, judge, kind_of, resolve_kind
+from fusejax.stages.flags import (
+    Verdict,
+    detect_device,
+    export_lines,
+    judge,
+    kind_of,
+    own_flags,
+    refuse,
+    resolve_kind,
+)
 
 __all__ = ["command", "print_environment", "run"]
 
@@ -49,14 +57,11 @@ def run() -> dict[str, Any]:
     Raises:
         InputError: the environment holds a flag at which every process would end.
     """
-    own = [Setting(name, word, "", "") for name in FLAG_VARIABLES for word in os.environ.get(name, "").split()]
+    own = own_flags()
     kinds = {kind: load_settings(kind).settings for kind in setting_kinds()}
     every = list(dict.fromkeys(setting for settings in kinds.values() for setting in settings))
     verdicts = judge([*own, *every])
-    refused = [v for v in verdicts[: len(own)] if v.accepted is False]
-    if refused:
-        problems = "; ".join(f"{v.setting.value} in {v.setting.variable}: {v.note}" for v in refused)
-        raise InputError(f"JAX would end the process at {problems}. Remove it from the environment")
+    refuse(verdicts[: len(own)])
     return {
         "fusejax": fusejax.__version__,
         "python": platform.python_version(),
@@ -122,9 +127,11 @@ def print_environment(info: dict[str, Any], *, file: TextIO | None = None) -> No
 
 
 def _flags(kind: str) -> Result:
-    """The lines to evaluate; what is left out is named on standard error."""
-    found = resolve_kind(kind)
-    verdicts = judge(found.settings)
+    """The lines to evaluate, with the user's own flags; what is left out of ours is named on standard error."""
+    found, own = resolve_kind(kind), own_flags()
+    verdicts = judge([*own, *found.settings])
+    refuse(verdicts[: len(own)])
+    verdicts = verdicts[len(own) :]
     _say_left_out(verdicts)
     lines = export_lines(verdicts)
     return Result({"kind": found.kind, "export": lines, "settings": [_row(verdict) for verdict in verdicts]}, lines)

@@ -19,12 +19,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fusejax.errors import InputError
 from fusejax.parallel.flags import FLAG_VARIABLES, DeviceSettings, Setting, load_settings, setting_kinds
 
-__all__ = ["Verdict", "detect_device", "export_lines", "judge", "kind_of", "refused_flags", "resolve_kind"]
+__all__ = [
+    "Verdict",
+    "check_own_flags",
+    "detect_device",
+    "export_lines",
+    "judge",
+    "kind_of",
+    "own_flags",
+    "refuse",
+    "refused_flags",
+    "resolve_kind",
+]
 
 # PCI device numbers of Google's TPUs (vendor 0x1ae0).
 _TPU_VENDOR = "0x1ae0"
@@ -109,6 +122,37 @@ def judge(settings: Sequence[Setting]) -> list[Verdict]:
         accepted = None if setting.variable in unasked else not why
         verdicts.append(Verdict(setting, accepted, unasked.get(setting.variable, why)))
     return verdicts
+
+
+def own_flags() -> list[Setting]:
+    """Returns the flags that the environment holds."""
+    return [Setting(name, word, "", "") for name in FLAG_VARIABLES for word in os.environ.get(name, "").split()]
+
+
+def refuse(verdicts: Sequence[Verdict]) -> None:
+    """Refuses flags of the environment that are not accepted.
+
+    Raises:
+        InputError: names each, its variable and what is wrong.
+    """
+    refused = [verdict for verdict in verdicts if verdict.accepted is False]
+    if refused:
+        problems = "; ".join(f"{v.setting.value} in {v.setting.variable}: {v.note}" for v in refused)
+        raise InputError(f"JAX would end the process at {problems}. Remove it from the environment")
+
+
+def check_own_flags() -> None:
+    """Refuses flags in the environment at which every process would end; asks once, and only where there are any.
+
+    Raises:
+        InputError: names each, its variable and what is wrong.
+    """
+    refuse(_judged(tuple(own_flags())))
+
+
+@lru_cache(maxsize=1)
+def _judged(settings: tuple[Setting, ...]) -> list[Verdict]:
+    return judge(settings)
 
 
 def refused_flags(

@@ -3,7 +3,6 @@
 __all__ = ["check_before"]
 
 import importlib.util
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,25 +12,25 @@ from fusejax.io.manifest import MANIFEST
 from fusejax.io.models import open_config
 from fusejax.io.tokenizers import check_vocabulary
 from fusejax.merging.registry import MERGE_METHODS, resolve
-from fusejax.models import count_params
 from fusejax.models.cudnn import check_cudnn
 from fusejax.stages.capture import describe
 from fusejax.stages.context import Run
+from fusejax.stages.disk_check import disk_need
 from fusejax.stages.fit import Optimization, placement, schedule_and_optimizer
+from fusejax.stages.flags import check_own_flags
 from fusejax.stages.pretrain_models import check_pretraining
 from fusejax.stages.run_tasks import check_task_files
 
-_CHECKPOINTS = 3
-
 
 def check_before(run: Run, names: Collection[str]) -> None:
-    """Checks models, tokenizers, mesh, row length, disk, merges and task files of the stages that are going to run.
+    """Checks flags, models, tokenizers, mesh, row length, disk, merges and task files of the stages that will run.
 
     Weights are not read; hub names are downloaded here.
 
     Raises:
       InputError: what would fail later, in the words of the stage that it concerns.
     """
+    check_own_flags()
     config = run.config
     later = config.pretrained if "pretrain" in names else {}  # models that need not stand yet
     if "pretrain" in names:
@@ -55,9 +54,10 @@ def check_before(run: Run, names: Collection[str]) -> None:
         if config.memory.attention == "cudnn":
             check_cudnn(config.train.compute_dtype, None)
         schedule_and_optimizer(model, Optimization.of(config), 1)
-        _check_disk(run, count_params(model))
         if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise InputError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it")
+    if not (need := disk_need(run, names)).fits:
+        raise InputError(f"the disk is too small: {need.text}. Make room, or set `output` on another disk")
     if "merge" in names:
         _check_merges(run, trained_now="train" in names)
     if "evaluate" in names:
@@ -81,18 +81,3 @@ def _check_merges(run: Run, *, trained_now: bool) -> None:
             problems.append(f"merge {merge.name!r}: {error}{named}")
     if problems:
         raise InputError("\n".join(problems))
-
-
-def _check_disk(run: Run, params: int) -> None:
-    """Refuses a training whose checkpoints do not fit: two are kept while a third is written, one arm at a time."""
-    trained = run.train_dir("any").parent
-    there = sum(path.stat().st_size for path in trained.rglob("*") if path.is_file()) if trained.is_dir() else 0
-    each = run.config.memory.state_bytes
-    needed = _CHECKPOINTS * each * params - there
-    free = shutil.disk_usage(run.directory).free
-    if needed > free:
-        raise InputError(
-            f"the checkpoints of a training need {needed / 1e9:.1f} GB ({params / 1e9:.2f}e9 parameters, "
-            f"{each} bytes each, {_CHECKPOINTS} at a time), {run.directory} has {free / 1e9:.1f} GB free; make "
-            "room, or set `output` on another disk"
-        )

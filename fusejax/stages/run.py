@@ -4,7 +4,6 @@ __all__ = ["STAGES", "command", "run_stages"]
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -21,8 +20,10 @@ from fusejax.stages.command import Result, parse_config
 from fusejax.stages.context import Run
 from fusejax.stages.convert import export_run
 from fusejax.stages.corpus_size import planned_text
+from fusejax.stages.disk_check import disk_need
 from fusejax.stages.durations import note_duration
 from fusejax.stages.evaluate import evaluate_run
+from fusejax.stages.flags import check_own_flags
 from fusejax.stages.fuse import fuse
 from fusejax.stages.lock import exclusive
 from fusejax.stages.merge import merge_run
@@ -140,6 +141,7 @@ def command(name: str, words: list[str]) -> Result:
         )
     if only == ():
         raise InputError(f"--only names none. Fusions: {', '.join(fusion.name for fusion in config.fusions)}")
+    check_own_flags()  # before anything reads them: XLA would end the process
     if dry_run:
         return _dry_run(config, names, only)
     start_processes()
@@ -225,14 +227,13 @@ def _dry_run(config: RunConfig, names: tuple[str, ...], only: tuple[str, ...] | 
     steps.append(("report", f"-> {run.directory / 'report.html'}"))
     order = list(STAGES)
     wanted = sorted((step for step in steps if step[0] in names), key=lambda step: order.index(step[0]))
-    parent = run.directory if run.directory.exists() else run.directory.parent
-    free = shutil.disk_usage(parent if parent.exists() else ".").free
-    lines = [f"{stage:<9} {what}" for stage, what in wanted]
-    lines.append(f"disk free at {parent}: {free / 1e9:.1f} GB")
-    if sum(sizes.values()) > free:
-        lines.append(f"the captures need about {sum(sizes.values()) / 1e9:.1f} GB: more than is free")
+    need = disk_need(run, names)
+    lines = [f"{stage:<9} {what}" for stage, what in wanted] + [f"disk: {need.text}"]
+    if not need.fits:
+        lines.append("IT DOES NOT FIT: make room, or set `output` on another disk")
     plan = [{"stage": s, "what": w} for s, w in wanted]
-    data = {"dry_run": plan, "disk_free_bytes": free, "predicted_capture_bytes": sizes}
+    data = {"dry_run": plan, "disk_free_bytes": need.free, "disk_needed_bytes": need.parts, "fits": need.fits}
+    data |= {"predicted_capture_bytes": sizes}
     if text is not None:
         data |= {"sampled": not text.exact}
-    return Result(data, "\n".join(lines))
+    return Result(data, "\n".join(lines), 0 if need.fits else 2)

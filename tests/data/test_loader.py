@@ -172,6 +172,32 @@ def test_bad_arguments_and_records():
         FusionLoader([docs[1]._replace(arrays=docs[1].arrays | {"labels": np.ones(99)})], batch_size=3, seq_len=8)
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_are_built_ahead_while_the_step_runs(prefetch):
+    """As many as asked for and one in work, however slow the reader is; without a thread none."""
+
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.002)
+            asked.append(index)
+            return super().__getitem__(index)
+
+    asked: list[int] = []
+    docs = Slow(records(60))
+    lengths = np.array([len(record.arrays["tokens"]) for record in list.__iter__(docs)])
+    loader = FusionLoader(docs, batch_size=2, seq_len=10, lengths=lengths, prefetch=prefetch)
+    wanted = {name for step in range(prefetch + 1) for name in loader.documents(step)}
+    later = set(loader.documents(len(loader) - 1)) - wanted
+    stream = iter(loader)
+    asked.clear()
+    next(stream)
+    deadline = time.monotonic() + 20
+    while {f"doc{i}" for i in asked} < wanted and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert {f"doc{i}" for i in asked} == wanted
+    assert later and loader.get_state()["step"] == 1
+
+
 def test_an_error_in_the_thread_reaches_the_caller():
     docs = records(40)
     broken = [*docs[:39], docs[39]._replace(arrays={})]

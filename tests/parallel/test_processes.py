@@ -5,12 +5,15 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from fusejax.errors import InputError
-from fusejax.parallel import barrier, is_first, process_count, process_index, start_processes
+from fusejax.errors import InputError, Stuck
+from fusejax.parallel import barrier, is_first, process_count, process_index, processes, start_processes
 from tests.paths import ROOT
 
 NAMES = ("FUSEJAX_COORDINATOR", "FUSEJAX_PROCESSES", "FUSEJAX_PROCESS", "FUSEJAX_LOCAL_DEVICES", "FUSEJAX_DISTRIBUTED")
@@ -114,6 +117,38 @@ def test_node_lists_that_jax_reads_wrongly_are_refused(given, nodes, readable):
     with pytest.raises(InputError, match="FUSEJAX_COORDINATOR"):
         given(environment)
     assert given(environment, coordinator="gpu01-ib:1")["args"] == ("gpu01-ib:1", None, None)
+
+
+class Service:
+    """A coordination service in which another process gets on for some looks, and never comes."""
+
+    def __init__(self, looks):
+        self.looks, self.ended = looks, threading.Event()
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        pass
+
+    def key_value_dir_get(self, directory):
+        if "progress" not in directory:
+            return [(f"{directory}0", "1")]  # who has come
+        self.looks -= 1
+        return [(f"{directory}1", str(max(self.looks, 0)))]
+
+    def wait_at_barrier(self, place, milliseconds):
+        self.ended.wait(60)
+
+
+@pytest.mark.parametrize("looks", [1, 12])
+def test_a_wait_lasts_while_others_get_on(monkeypatch, looks):
+    service = Service(looks)
+    state = SimpleNamespace(client=service, num_processes=2, process_id=0)
+    monkeypatch.setattr(processes, "_state", lambda: state)
+    began = time.monotonic()
+    with pytest.raises(Stuck, match=r"'far \d+': process 1 did not come, and no other process has got on for 0\.2 s"):
+        barrier(f"far {looks}", seconds=0.2)
+    took = time.monotonic() - began
+    service.ended.set()
+    assert service.looks < 0 and took > (0.2 if looks == 1 else 0.6)
 
 
 TOGETHER = """

@@ -79,7 +79,10 @@ def test_an_unknown_command_suggests_one(capsys):
 
 def test_run_on_the_command_line(place, capsys):
     stages = "prepare,capture,align,fuse,train,merge,evaluate"
-    found = _json(capsys, "run", place / "run.yaml", "--train.max-steps", "2", "--stages", stages)
+    words = ("--train.max-steps", "2", "--train.tensorboard", "--stages", stages)
+    found = _json(capsys, "run", place / "run.yaml", *words)
+    (board,) = (place / "run" / "train" / "fused" / "tensorboard").iterdir()
+    assert all(name in board.read_bytes() for name in (b"loss", b"clm_nats", b"tokens_per_second"))
     assert set(found["bits_per_byte"]) >= {"source:a", "source:b", "target", "clm", "fused", "merged", "ensemble"}
     bad = _json(capsys, "verify", place / "run")
     assert bad["bad"] == []

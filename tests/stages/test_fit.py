@@ -1,6 +1,7 @@
 """The loss that a run trains on: no array of tokens by vocabulary in the compiled step."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from fusejax.alignment import event_groups
 from fusejax.models import ModelConfig, init_params
+from fusejax.stages import fit
 from fusejax.stages.fit import loss_function
 from fusejax.types import EventGroups, FusionBatch, TopK
 
@@ -62,3 +64,19 @@ def test_no_array_of_tokens_by_vocabulary(tied):
     (value, metrics), _ = compiled(params, _batch(np.random.default_rng(1)), jnp.float32(ROWS * LENGTH))
     assert np.isfinite(value)
     assert metrics["supervised_tokens"] == ROWS * LENGTH
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989.4e12), ("TPU v5 lite", 197e12), ("cpu", None)]
+)
+def test_the_share_of_the_peak_where_the_device_is_known(monkeypatch, kind, peak):
+    monkeypatch.setattr(fit.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    config = ModelConfig(vocab_size=100, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+    share = fit.peak_share(config, 32, devices=4)
+    if peak is None:
+        assert share is None
+        return
+    assert share is not None
+    matrices = 2 * (4 * 8 * 8 + 3 * 8 * 16) + 100 * 8
+    flops = 6 * matrices + 12 * 2 * 8 * 33 / 2  # attention sees (T + 1) / 2 positions
+    assert share({"tokens_per_second": 1e6})["peak_share"] == pytest.approx(1e6 * flops / (4 * peak))

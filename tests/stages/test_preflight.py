@@ -1,16 +1,25 @@
 """Mistakes in late stages are told before the first one."""
 
 import json
+import os
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from fusejax.config import load_config
+from fusejax.cli import main
+from fusejax.config import load_config, save_config
 from fusejax.errors import InputError
-from fusejax.stages import preflight
+from fusejax.stages import disk_check, preflight
+from fusejax.stages.context import Run
+from fusejax.stages.disk_check import disk_need
 from fusejax.stages.run import run_stages
 from tests.stages.tiny import make_config
+
+
+def free_bytes(monkeypatch, free: int) -> None:
+    usage = SimpleNamespace(total=0, used=0, free=free)
+    monkeypatch.setattr(disk_check.shutil, "disk_usage", lambda path: usage)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +92,52 @@ def test_a_large_model_is_judged_by_its_configuration_alone(tmp_path, monkeypatc
     (tmp_path / "target" / "config.json").write_text(json.dumps(large))
     for path in (tmp_path / "target").glob("*.safetensors"):
         path.unlink()
-    usage = SimpleNamespace(total=0, used=0, free=100 * 10**9)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    free_bytes(monkeypatch, 100 * 10**9)
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"checkpoints of a training need 23\d\.\d GB \(6\.\d+e9.* has 100\.0 GB free"):
+    with pytest.raises(InputError, match=r"\(train states 23\d\.\d, models \d+\.\d\); .* has 100\.0 GB free"):
         run_stages(config, ("train",))
+    free_bytes(monkeypatch, 10**12)
     with pytest.raises(InputError, match=r"(?s)`mesh`: .*heads = 32 over tensor = 5"):
         run_stages(config.model_copy(update={"mesh": config.mesh.model_copy(update={"tensor": 5})}), ("train",))
     assert time.monotonic() - began < 10
+
+
+def test_a_disk_that_is_too_small_is_told_by_the_command_line_before_prepare(tmp_path, monkeypatch, capsys):
+    """Counted is what is still to be made, of the stages that are to run."""
+    save_config(make_config(tmp_path), tmp_path / "run.yaml")
+    words = ["run", str(tmp_path / "run.yaml")]
+    free_bytes(monkeypatch, 1_500_000)
+    for more in ([], ["--dry-run"]):
+        assert main(words + more) == 2
+        told = "".join(capsys.readouterr())
+        assert all(
+            part in told
+            for part in (
+                "captured 0.",
+                "aligned 0.",
+                "fused 0.",
+                "has 0.0 GB free",
+                "make room" if more else "Make room",
+            )
+        )
+        assert not (tmp_path / "run" / "corpus").exists()
+    assert main([*words, "--stages", "prepare,capture", "--json"]) == 0
+    free_bytes(monkeypatch, 1000)
+    need = disk_need(Run(load_config(tmp_path / "run.yaml")), ("capture", "align"))
+    assert need.parts["A1 captured"] < need.parts["A3 aligned"] and not need.fits
+
+
+def test_a_flag_that_ends_the_process_is_told_before_prepare(tmp_path, monkeypatch, capsys):
+    save_config(make_config(tmp_path), tmp_path / "run.yaml")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_gpu_no_such_flag=1")
+    for words in (["run", str(tmp_path / "run.yaml")], ["env", "--flags", "cpu"]):
+        began = sum(os.times()[:4])  # of the processes that try flags, too
+        assert main(words) == 2
+        assert sum(os.times()[:4]) - began < 10
+        out, err = capsys.readouterr()
+        assert "--xla_gpu_no_such_flag=1 in XLA_FLAGS: unknown to this jaxlib" in err
+        assert "device_count" not in err and "export" not in out
+    assert not (tmp_path / "run" / "corpus").exists()
 
 
 def test_wandb_that_is_not_installed_is_told_first(tmp_path, monkeypatch):
