@@ -1,4 +1,8 @@
-"""A run by two processes is the run of one: stores and parameters to the bit, also after a kill or a preemption."""
+"""A run by two processes is the run of one, also after a kill or a preemption.
+
+Stores are the same to the bit, parameters too where both have one device: a sum of two has one order. With four devices
+each, sums over the eight are formed in another order than those over two, and parameters agree to rounding.
+"""
 
 import json
 import os
@@ -12,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from fusejax.io.checkpoint import load_model_params
 from fusejax.io.manifest import MANIFEST, read_manifest
@@ -23,6 +28,8 @@ pytestmark = pytest.mark.slow
 
 STORES = ("captured/a", "captured/target", "aligned/a", "aligned/target", "fused/mixed")
 TWO = ("launch", "local", "--procs", "2")
+EIGHT = (*TWO, "--devices", "4")
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # of float32, over 40 steps
 FIRST = "prepare,capture,align,fuse"
 
 
@@ -51,7 +58,7 @@ def run(place: Path, *words: str, **options) -> tuple[str, str]:
 def given(tmp_path_factory):
     """The models and the text, and a configuration without an output."""
     root = tmp_path_factory.mktemp("given")
-    train = {"batch_size": 4, "seq_len": 32, "learning_rate": 1e-2, "max_steps": 40, "epochs": 20, "log_every": 1}
+    train = {"batch_size": 8, "seq_len": 32, "learning_rate": 1e-2, "max_steps": 40, "epochs": 20, "log_every": 1}
     config = make_config(
         root,
         sources=[str(root / "a")],
@@ -93,12 +100,13 @@ def assert_same_stores(ours: Path, theirs: Path) -> None:
             assert found.facts["mass_kept"] == pytest.approx(expected.facts["mass_kept"], rel=1e-12)
 
 
-def assert_same_training(ours: Path, theirs: Path) -> None:
+def assert_same_training(ours: Path, theirs: Path, **tolerance: float) -> None:
     params, expected = (flatten_paths(load_model_params(run / "models" / "mixed")) for run in (ours, theirs))
     for name, leaf in expected.items():
-        np.testing.assert_array_equal(params[name], leaf, err_msg=name)
+        np.testing.assert_allclose(params[name], leaf, **(tolerance or {"rtol": 0}), err_msg=name)
     lines, told = (_metrics(run / "train" / "mixed" / "metrics.jsonl") for run in (ours, theirs))
-    assert lines == told
+    assert [line == pytest.approx(row, rel=1e-3) for line, row in zip(lines, told, strict=True)] == [True] * len(told)
+    assert tolerance or lines == told
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
@@ -108,7 +116,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
 
 
 def test_two_processes_give_what_one_gives_also_after_a_kill(alone, place):
-    killed = start(place, "--stages", FIRST, launch=TWO)
+    killed = start(place, "--stages", FIRST, launch=EIGHT)
     store = place / "run" / "captured"
     deadline = time.monotonic() + 300
     while not list((store / "target").glob("*.array_record")):  # all of a, and a part of the target's
@@ -119,16 +127,21 @@ def test_two_processes_give_what_one_gives_also_after_a_kill(alone, place):
     assert (store / "a" / MANIFEST).exists()
     assert not (store / "target" / MANIFEST).exists()
     run(place, "--stages", "capture")
-    out, err = run(place, "--stages", "align,fuse,train,export", "--json", launch=TWO)
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "4")
+    out, err = run(place, "--stages", "align,fuse,train,export", "--json", *mesh, launch=EIGHT)
     result = json.loads(out.splitlines()[-1])  # of process 0 alone
     assert set(result["stage_seconds"]) == {"align", "fuse", "train", "export"}
     assert "[0] align: done" in err
     assert "[1] align: done" not in err
     assert_same_stores(place / "run", alone)
-    assert_same_training(place / "run", alone)
+    assert_same_training(place / "run", alone, **ROUNDING)
     exported = [file for file in sorted((alone / "export").iterdir()) if file.suffix == ".safetensors"]
     assert exported
-    assert all((place / "run" / "export" / file.name).read_bytes() == file.read_bytes() for file in exported)
+    for file in exported:
+        ours, theirs = load_file(place / "run" / "export" / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            np.testing.assert_allclose(ours[name], weight, **ROUNDING, err_msg=name)
 
 
 def test_a_training_that_two_were_stopped_in_is_finished_by_one(alone, place):
