@@ -172,9 +172,7 @@ def _fused_backward(static: tuple, gradients: tuple, cotangent: tuple) -> tuple:
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _placement(
-    mesh: Mesh | None, rules: ShardingRules, batch_rows: int, width: int, vocab: int
-) -> _Placement:
+def _placement(mesh: Mesh | None, rules: ShardingRules, batch_rows: int, width: int, vocab: int) -> _Placement:
     if mesh is None:
         return _Placement()
     tokens = tuple(axis for axis in rules.batch if axis in mesh.shape)
