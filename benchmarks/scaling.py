@@ -49,12 +49,15 @@ How bytes grow. A micro-batch gathers every layer's parameters twice (forward, a
 they are not kept) and scatters their gradients once, in bfloat16: 3 * 2 bytes * parameters * (n - 1) / n per device,
 whatever the number of tokens. So a token costs `6 * parameters * (n - 1) / n / 2048` bytes with one row at a time: it
 grows from n = 1 to a few, then stays; more rows per micro-batch (less accumulation) divide it. `hybrid` gathers inside
-a node only and sends gradients between nodes. The embedding is gathered once per step; its gradient and the head's
-are reduced in float32 in every micro-batch. What no axis divides is the rest of memory: the gathered embedding with its
-gradient, the gathered head, one layer, and the activations of the rows.
+a node only and sends gradients between nodes. The head is gathered once per step; its gradient is scattered in
+float32 in every micro-batch. The embedding stays where it is stored: its columns are exchanged for rows, as many bytes
+as the residual stream has, forward and back.
 
-Memory of parameters and moments falls as 1 / fsdp exactly, temporaries do as far as they are gradients. With strong
-scaling to as many devices as rows, accumulation ends and its second set of gradients with it.
+How memory falls. *State x n*, n being fsdp, is 1.00 where it falls as 1 / fsdp exactly. *Total x n* is not 1, and
+grows, because of what no axis but `tensor` divides: the activations of a device's own rows, one layer's gathered
+weights with what its backward pass needs, the gathered head (bfloat16) and its gradient of a micro-batch (float32),
+before they are scattered. *Undivided* is all that is neither state nor a gradient of the step. With strong scaling to
+as many devices as rows, accumulation ends and its second set of gradients with it.
 """
 
 
@@ -84,6 +87,7 @@ def measure(scaling: str, layout: str, devices: int) -> dict:
         "seconds": round(time.perf_counter() - began, 1),
         "peak_bytes": memory["total"],
         "state_bytes": memory["params"] + memory["optimizer"],
+        "undivided_bytes": memory["activations"] + memory["temporaries"] - found["memory_items"]["gradients"],
         "sent_bytes": found["collective_bytes"],
         "sent_bytes_per_token": round(found["collective_bytes"] * devices / (rows * 2048)),
         "collectives": found["collectives"],
@@ -106,13 +110,18 @@ def markdown(rows: list[dict], versions: dict) -> str:
         group = [row for row in rows if row["name"] == name]
         lines += [
             f"\n## {name.replace('_', ', ').replace('scaling, ', '').capitalize()}\n",
-            "| devices | rows | memory per device, GiB | state, GiB | sent per device and step, GiB "
-            "| sent per token, KiB | communication / busy, s | tokens/s per device | efficiency | without overlap |",
-            "|---:" * 10 + "|",
+            "| devices | rows | memory per device, GiB | state, GiB | undivided, GiB | state x n | total x n "
+            "| sent per device and step, GiB | sent per token, KiB | communication / busy, s | tokens/s per device "
+            "| efficiency | without overlap |",
+            "|---:" * 13 + "|",
         ]
         for row in group:
             cells = [row["shape"][0], row["shape"][1], f"{row['peak_bytes'] / 2**30:.2f}"]
-            cells += [f"{row['state_bytes'] / 2**30:.2f}", f"{row['sent_bytes'] / 2**30:.1f}"]
+            cells += [f"{row['state_bytes'] / 2**30:.2f}", f"{row['undivided_bytes'] / 2**30:.2f}"]
+            # hybrid divides by the devices of a node alone
+            ways = min(row["shape"][0], NODE) if row["name"].endswith("hybrid") else row["shape"][0]
+            cells += [f"{row[key] * ways / rows[0][key]:.2f}" for key in ("state_bytes", "peak_bytes")]
+            cells += [f"{row['sent_bytes'] / 2**30:.1f}"]
             cells += [f"{row['sent_bytes_per_token'] / 1024:.0f}"]
             cells += [f"{row['communication_seconds']:.2f} / {row['busy_seconds']:.2f}"]
             cells += [f"{row['tokens_per_second_per_device']:,.0f}", f"{row['ratio']:.1%}"]

@@ -67,6 +67,8 @@ class _Placement(NamedTuple):
         if self.width_axes:
             along = 0 if layout == "dv" else 1
             dhead = jax.lax.psum_scatter(dhead, self.width_axes, scatter_dimension=along, tiled=True)
+            # libtpu 0.0.52 fails on moving this sum out of the loop over micro-batches, through the rounding after it
+            dhead = jax.lax.optimization_barrier(dhead)
         rest = tuple(axis for axis in self.token_axes if axis not in self.width_axes)
         return jax.lax.psum(dhead, rest) if rest else dhead
 
@@ -169,9 +171,7 @@ def _fused_backward(static: tuple, gradients: tuple, cotangent: tuple) -> tuple:
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _placement(
-    mesh: Mesh | None, rules: ShardingRules, batch_rows: int, width: int, vocab: int
-) -> _Placement:
+def _placement(mesh: Mesh | None, rules: ShardingRules, batch_rows: int, width: int, vocab: int) -> _Placement:
     if mesh is None:
         return _Placement()
     tokens = tuple(axis for axis in rules.batch if axis in mesh.shape)

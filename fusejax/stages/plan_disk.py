@@ -59,23 +59,24 @@ def _document_bytes(config: RunConfig) -> float:
     return min(float(config.corpus.max_document_bytes), _DOCUMENT_BYTES)
 
 
-def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int) -> dict[str, int]:
+def disk_bytes(config: RunConfig, model: ModelConfig, *, tokens: int, documents: int | None = None) -> dict[str, int]:
     """Returns the bytes of each artefact by its name in docs/artefacts.md.
 
     Args:
       config: the run.
       model: the target.
       tokens: of the training text, in the target's tokens; those of the sources are taken to be as many.
+      documents: of the training text; None: as many as documents of 4 KiB make.
     """
     text = tokens * BYTES_PER_TOKEN
-    size = _document_bytes(config)
-    documents = max(1, round(text / size))
+    documents = documents or max(1, round(text / _document_bytes(config)))
     codec, top_k = config.capture.codec, config.capture.entries(model.vocab_size)
-    shard = min(documents_per_shard(documents, int(text), top_k=top_k, codec=codec), documents)
+    shard = config.capture.shard_size or documents_per_shard(documents, int(text), top_k=top_k, codec=codec)
+    shard = min(shard, documents)
 
     def store(entries: int) -> int:
         options = {"top_k": entries, "vocab_size": model.vocab_size, "codec": codec, "shard_size": shard}
-        return round(store_bytes([size / BYTES_PER_TOKEN] * shard, **options) * documents / shard)
+        return round(store_bytes([tokens / documents] * shard, **options) * documents / shard)
 
     names = [source.name for source in config.sources]
     target_too = any(fusion.include_target for fusion in config.fusions)

@@ -104,6 +104,7 @@ class Compiled(NamedTuple):
     compiler: str  # platform
     argument_bytes: int
     temporary_bytes: int
+    reused_bytes: int  # of the arguments, for results: the donated state
     seconds: float
     program: Program | None = None
 
@@ -157,13 +158,7 @@ def compile_on_host(shape: Shape) -> Compiled:
         if len(found) != 1:
             raise RuntimeError(f"this version of XLA wrote {len(found)} partitioned programs, expected 1")
         text = Path(found[0]).read_text()
-    return Compiled(
-        "cpu",
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        time.perf_counter() - began,
-        parse_program(text),
-    )
+    return Compiled("cpu", *_sizes(memory), time.perf_counter() - began, parse_program(text))
 
 
 def missing_compiler(kind: DeviceKind) -> str | None:
@@ -195,8 +190,11 @@ def compile_for_device(shape: Shape, kind: DeviceKind) -> Compiled:
         options = {"target_config": gpu_target(kind), "topology": f"1x{nodes}x{ways}"}
         topology = topologies.get_topology_desc(kind.name.lower(), platform="cuda", **options)
     memory = _lowered(shape, topology.devices).compile().memory_analysis()
-    platform = "tpu" if kind.is_tpu else "cuda"
-    return Compiled(platform, memory.argument_size_in_bytes, memory.temp_size_in_bytes, time.perf_counter() - began)
+    return Compiled("tpu" if kind.is_tpu else "cuda", *_sizes(memory), time.perf_counter() - began)
+
+
+def _sizes(memory: Any) -> tuple[int, int, int]:
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
 
 
 def local_share(shape: Shape, *, remat: str) -> list[jax.ShapeDtypeStruct]:

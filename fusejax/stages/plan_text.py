@@ -44,7 +44,9 @@ def _memory(plan: Mapping[str, Any]) -> str:
         parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in plan["memory_items"].items())
         said = " (as predicted)" if plan["memory_source"] != "model" else ""
         rows.insert(4, ("  of these", parts + said))
-    rows.append(("usable", f"{bytes_text(plan['usable_bytes'])} of {bytes_text(plan['hbm_bytes'])} ({usable:.0%} assumed)"))
+    rows.append(
+        ("usable", f"{bytes_text(plan['usable_bytes'])} of {bytes_text(plan['hbm_bytes'])} ({usable:.0%} assumed)")
+    )
     rows.append(("fits", "yes" if plan["fits"] else "NO"))
     if "refused" in plan:
         rows.append(("compiler", plan["refused"]))

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fusejax.config import LossConfig
 from fusejax.errors import InputError
 from fusejax.losses import batch_fusion_loss
+from fusejax.parallel import ShardingRules
 from pallas_kernels.fused_softmax_kl import LinearOptions
 from tests.losses.groups import random_batch
 from tests.pallas_kernels import oracle
@@ -111,12 +112,20 @@ def test_mesh_equals_one_device(single, shape, axis_type):
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
     assert all(s.split(",")[0] == str(WIDTH) for s in gathers), gathers  # only the head itself, over fsdp
 
+    dhead = got[1][1]
+    assert dhead.sharding.is_equivalent_to(head.sharding, 2), "scattered back to where the head is stored"
 
-def test_head_layouts_agree(single):
+
+RULES = [None, ShardingRules(embed=()), ShardingRules(vocab=()), ShardingRules(batch=("data",))]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=["default", "width-whole", "vocabulary-whole", "rows-over-data"])
+def test_head_layouts_and_rules_agree(single, rules):
     batch, groups, _ = random_batch()
     hidden, head = _arrays()
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    (loss, _), grads = _grad(batch, groups, temperature=1.5, head_layout="vd", mesh=mesh)(hidden, head.T, batch)
+    options = {"temperature": 1.5, "head_layout": "vd", "mesh": mesh, "rules": rules}
+    (loss, _), grads = _grad(batch, groups, **options)(hidden, head.T, batch)
     np.testing.assert_allclose(loss, single[0][0], **SHARDED)
     np.testing.assert_allclose(grads[1].T, single[1][1], **SHARDED)
 
@@ -186,6 +195,12 @@ def test_sizes_that_the_mesh_cannot_split():
     mesh = jax.make_mesh((1, 1, 8), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with pytest.raises(InputError, match="pad the vocabulary"):
         batch_fusion_loss(hidden, head[:, :30], batch, groups, mesh=mesh)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(InputError, match="over one mesh axis, the rules name fsdp, tensor"):
+        batch_fusion_loss(hidden, head, batch, groups, mesh=mesh, rules=ShardingRules(vocab=("fsdp", "tensor")))
+    mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(InputError, match="width 12 cannot be split over 8"):
+        batch_fusion_loss(hidden[..., :12], head[:12], batch, groups, mesh=mesh)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with pytest.raises(InputError, match="multiple of 8"):
         batch_fusion_loss(hidden[:5], head, jax.tree.map(lambda x: x[:5], batch), groups, mesh=mesh)

@@ -59,6 +59,22 @@ def test_collectives_are_those_of_an_accelerator():
     np.testing.assert_array_equal(reduce.groups, [[0, 2], [1, 3]])
 
 
+@pytest.mark.parametrize(("given", "count"), [("%fixed", 1), ("%mixed", 5)])
+def test_a_called_computation_knows_what_its_callers_loop_does_not_change(given, count):
+    """The body of a `shard_map` is called; compilers write it into the loop before they move anything out of it."""
+    called = """%called (part: bf16[2,4]) -> bf16[8,4] {
+  %part = bf16[2,4]{1,0} parameter(0)
+  ROOT %all = bf16[8,4]{1,0} all-gather(%part), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%body"""
+    there = "all-gather(%fixed), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}"
+    text = TEXT.replace("%body", called, 1).replace(there, f"call({given}), to_apply=%called")
+    narrow = "  %mixed = bf16[2,4]{1,0} dynamic-slice(%x, %turn.1, %turn.1), dynamic_slice_sizes={2,4}\n  %once ="
+    found = collectives(parse_program(text.replace("  %once =", narrow)))
+    assert [(c.bytes, c.count) for c in found if c.kind == "all-gather"] == [(64, count)] and len(found) == 3
+
+
 def test_matrix_products_count_as_often_as_their_loop_runs():
     program = parse_program(TEXT)
     assert dot_flops(program) == 5 * 2 * 8 * 8 * 4

@@ -10,10 +10,11 @@ import pytest
 from fusejax.errors import InputError
 from fusejax.io.hf import load_hf_model
 from fusejax.io.manifest import MANIFEST, read_manifest, verify_directory
-from fusejax.io.models import open_model
+from fusejax.io.models import open_config, open_model
 from fusejax.io.store import RecordReader
 from fusejax.stages.align import VOCABULARY
 from fusejax.stages.context import Run
+from fusejax.stages.plan_disk import BYTES_PER_TOKEN, disk_bytes
 from fusejax.stages.report import report_run
 from fusejax.stages.run import STAGES, run_stages
 from tests.stages.tiny import make_config, texts, write_jsonl
@@ -116,6 +117,27 @@ def test_the_export_holds_the_merged_bits(finished_run):
     _, exported = load_hf_model(root / "run" / "export")
     for a, b in zip(jax.tree.leaves(merged.params), jax.tree.leaves(exported), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_plan_knows_what_every_artefact_takes(finished_run):
+    """Documents of a line each and models of 40 kB: blocks and headers show, so each bound says what it leaves out."""
+    root, config = finished_run
+    corpus = read_manifest(root / "run" / "corpus").facts["splits"]
+    documents, tokens = corpus["train"]["documents"], round(corpus["train"]["bytes"] / BYTES_PER_TOKEN)
+    found = disk_bytes(config, open_config(root / "target"), tokens=tokens, documents=documents)
+
+    def real(*patterns):
+        return sum(path.stat().st_size for p in patterns for path in (root / "run").glob(p) if path.is_file())
+
+    shards = {"A1 captured": "captured/*/*.array_record", "A3 aligned": "aligned/*/*.array_record"}
+    for name, pattern in (shards | {"A4 fused": "fused/*/*.array_record"}).items():
+        assert found[name] == pytest.approx(real(pattern), rel=0.1), name
+    assert found["A8 export"] == pytest.approx(real("export/*.safetensors"), rel=0.1), "in the target's float32"
+    assert found["A7 models"] == 4 * found["A8 export"], "two fusions, the baseline and the merge"
+    assert found["A7 models"] <= real("models/*/params/**/*") <= found["A7 models"] + 4 * 32 * 1024, "and Orbax' tables"
+    assert real("aligned/*/vocabulary.npz") <= found["A2 maps"] <= 4 * real("aligned/*/vocabulary.npz"), "compressed"
+    assert found["A0 corpus"] == pytest.approx(corpus["train"]["bytes"], abs=4)
+    assert found["A0 corpus"] <= real("corpus/train.arrow") <= 2 * found["A0 corpus"], "names and offsets of 70 bytes"
 
 
 def test_another_setting_remakes_only_what_depends_on_it(finished_run, tmp_path):
