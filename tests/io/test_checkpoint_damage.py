@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fusejax.cli import main
+from fusejax.errors import InputError
 from fusejax.io.checkpoint import (
     DamagedCheckpoint,
     StateWriter,
@@ -70,6 +71,77 @@ def test_a_flipped_bit_in_any_file_of_a_step_is_refused(tmp_path):
     assert int(count) > 24 and not wrong
 
 
+SWEPT = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    from fusejax.io.checkpoint import DamagedCheckpoint, checksums, restore_train_state, save_train_state
+    from tests.io.test_checkpoint_damage import TREE, files_of
+    checksums.LARGE, checksums._ENDS = 1000, 200  # as if the elements' file were too large for a digest of it
+    save_train_state(sys.argv[1], 3, TREE)
+    (file,) = [path for path in files_of(Path(sys.argv[1])) if path.stat().st_size > 1000]
+    raw, accepted = file.read_bytes(), []
+    for at in range(0, len(raw), 80):
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << (at % 8)]) + raw[at + 1 :])
+        try:
+            restore_train_state(sys.argv[1], TREE)
+            accepted.append(at)
+        except DamagedCheckpoint:
+            pass
+    print(len(raw), *accepted)
+"""
+
+
+def test_a_flipped_bit_anywhere_in_a_large_file_is_refused(tmp_path):
+    code = textwrap.dedent(SWEPT)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    size, *accepted = ran.stdout.split()
+    assert int(size) > 3000 and not accepted
+
+
+KILLED = """
+    import os, signal, sys
+    from fusejax.io.checkpoint import save_train_state, states
+    from tests.io.test_checkpoint_damage import EXTRA, TREE
+    save_train_state(sys.argv[1], 1, TREE, EXTRA, keep=1)
+    states.seal = lambda place: os.kill(os.getpid(), signal.SIGKILL)
+    save_train_state(sys.argv[1], 2, TREE, EXTRA, keep=1)
+"""
+
+
+def test_a_kill_between_commit_and_seal_leaves_the_step_before_it(tmp_path, caplog):
+    code = textwrap.dedent(KILLED)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == -9, ran.stderr[-2000:]
+    assert (tmp_path / "2" / "_CHECKPOINT_METADATA").is_file(), "Orbax has committed it"
+    assert all_steps(tmp_path) == [1] and saved_states(tmp_path) == [tmp_path / "1"]
+    for file in files_of(tmp_path / "2"):
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    state, extra, step = restore_newest_state(tmp_path, TREE)
+    assert (step, extra) == (1, EXTRA)
+    np.testing.assert_array_equal(state["w"], TREE["w"])
+    with caplog.at_level(logging.WARNING, logger="fusejax"):
+        save_train_state(tmp_path, 2, TREE, EXTRA, keep=1)
+    assert f"removing {tmp_path / '2'}" in caplog.text and "that was not sealed" in caplog.text
+    assert all_steps(tmp_path) == [2] and restore_newest_state(tmp_path, TREE)[2] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_step_that_is_half_removed_is_no_step(tmp_path, monkeypatch):
+    save_train_state(tmp_path, 1, TREE, keep=1)
+    monkeypatch.setattr("fusejax.io.checkpoint.states.shutil.rmtree", _no_space)
+    with pytest.raises(OSError):
+        save_train_state(tmp_path, 2, TREE, keep=1)
+    assert all_steps(tmp_path) == [2]
+
+
+def test_a_step_before_the_newest_is_not_saved(tmp_path):
+    save_train_state(tmp_path, 5, TREE)
+    with pytest.raises(InputError, match="already holds step 5"):
+        save_train_state(tmp_path, 4, TREE)
+
+
 def test_a_damaged_step_is_gone_back_over_only_when_asked(tmp_path, caplog):
     for step in (1, 2, 3):
         save_train_state(tmp_path, step, {"w": TREE["w"] * step}, EXTRA, keep=None)
@@ -124,13 +196,14 @@ def test_a_failure_in_the_background_is_raised_once_and_the_next_save_works(tmp_
     assert all_steps(tmp_path)[-1] == 3
 
 
-def _no_space():
+def _no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_audit_names_what_is_damaged_without_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fusejax.io.checkpoint.audit.LARGE", 100)  # as if the elements' file were too large
     monkeypatch.setattr("fusejax.io.checkpoint.checksums.LARGE", 1000)
+    monkeypatch.setattr("fusejax.io.checkpoint.checksums._ENDS", 100)
     directory = tmp_path / "train" / "arm" / "checkpoints"
     for step in (2, 4):
         save_train_state(directory, step, {"layer": TREE | {"count": jnp.int32(step)}}, EXTRA)

@@ -183,6 +183,18 @@ def test_the_library_leaves_global_state_alone():
     assert not wrong, show(wrong)
 
 
+def test_processes_wait_for_each_other_in_one_place():
+    """A collective has no time-out: barriers that end are `fusejax.parallel.processes`' alone."""
+    names = ("multihost_utils", "sync_global_devices", "wait_at_barrier")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}; use barrier or collect of fusejax.parallel.processes"
+        for path in FILES
+        for name in names
+        if module_name(path) != "fusejax.parallel.processes" and name in path.read_text(encoding="utf-8")
+    ]
+    assert not wrong, show(wrong)
+
+
 def test_the_rules_see_the_tree():
     """The tests above would pass on an empty list: the tree is there and the walker finds known imports."""
     assert len(FILES) > 50

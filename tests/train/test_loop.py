@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from fusejax.data.loader import FusionLoader
 from fusejax.errors import InputError
 from fusejax.io.checkpoint import all_steps
+from fusejax.train.faults import FaultPolicy
 from fusejax.train.loop import state_shardings, train
 from fusejax.train.metrics import read_metrics
 from fusejax.train.optimizer import make_optimizer, make_schedule
@@ -197,6 +198,25 @@ def test_going_back_is_asked_for(whole, tmp_path, caplog):
     back = run(resume_step=10, **options)
     assert back.start_step == 10 and "step 15" in caplog.text
     same(back.state, whole.state)
+
+
+def test_a_damaged_checkpoint_is_gone_back_over_when_asked_and_its_step_saved_again(whole, tmp_path, caplog):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 4, "keep": None}
+    run(12, **options)
+    for step in (8, 12):
+        for file in (tmp_path / str(step) / "record").rglob("metadata"):
+            file.write_bytes(b" " + file.read_bytes()[1:])
+    with pytest.raises(InputError, match="is damaged"):
+        run(**options)
+    assert all_steps(tmp_path) == [4, 8, 12]
+    back = run(faults=FaultPolicy(on_damaged_checkpoint="previous"), **options)
+    assert back.start_step == 4 and "GOING BACK to step 4" in caplog.text
+    assert all_steps(tmp_path) == [4, 8, 12, 16, 20]
+    assert sorted(path.name for path in tmp_path.glob("*.damaged")) == ["12.damaged", "8.damaged"]
+    same(back.state, whole.state)
+    again = run(resume_step=12, **options)
+    assert again.start_step == 12 and all_steps(tmp_path) == [4, 8, 12, 16, 20]
+    same(again.state, whole.state)
 
 
 def test_bad_arguments():

@@ -7,7 +7,8 @@ temporary directories behind. So here
 * every leaf has a checksum that does not depend on its sharding, saved in the same commit and compared on restore
   (`checksums`); small files of a step have digests as well, so that a flipped bit in any of them is refused;
 * shapes and dtypes are compared before anything is read;
-* leftovers of killed saves are removed, and named, when a run starts (`states.remove_orphans`);
+* leftovers of killed saves are removed, and named, when a run starts (`states.remove_orphans`), a step that was
+  committed and has no digests yet among them;
 * a damaged step is an error; `on_damaged="previous"` goes back to the one before it, saying so, and keeps the damaged
   one aside.
 

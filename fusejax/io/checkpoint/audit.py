@@ -29,7 +29,7 @@ __all__ = ["damaged_state", "saved_states"]
 
 
 def saved_states(directory: str | Path) -> list[Path]:
-    """Returns the steps of train states anywhere under a directory, in order."""
+    """Returns the steps of train states anywhere under a directory, in order; unsealed ones are none."""
     return sorted(path.parent for path in Path(directory).rglob(DIGESTS) if path.parent.name.isdigit())
 
 

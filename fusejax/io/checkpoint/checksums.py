@@ -5,8 +5,9 @@ changed element always changes the sum; it does not depend on the sharding. It r
 pass through one device block by block.
 
 Checksums of leaves see every wrong number. Files also hold what Orbax does not read when it is told what to expect;
-digests of files see these too. Files above `LARGE` bytes hold elements, which the leaves' checksums cover: of these
-the size is kept, because reading terabytes back would cost more than writing them.
+digests of files see these too. Files above `LARGE` bytes hold elements, which the leaves' checksums cover, and behind
+them a table of contents, of which there may be an unread copy: of these the digest is of the size and both ends,
+because reading terabytes back would cost more than writing them.
 """
 
 import json
@@ -23,6 +24,7 @@ from fusejax.errors import InputError
 
 __all__ = [
     "CHECKSUMS",
+    "DIGESTS",
     "DamagedCheckpoint",
     "compare",
     "damaged_files",
@@ -37,6 +39,7 @@ __all__ = [
 CHECKSUMS = "checksums.json"  # of a model directory: leaves
 DIGESTS = "digests.json"  # of a step: files
 LARGE = 4 << 20
+_ENDS = 1 << 20  # bytes at the ends of a large file that its digest covers
 _BLOCK = 4 << 20  # elements of a host array that are summed at once
 
 
@@ -96,13 +99,10 @@ def seal(place: Path) -> None:
 
 
 def damaged_files(place: Path) -> list[str]:
-    """Returns the files of a step that are not what was written; [] too where a kill came before `seal`."""
-    path = place / DIGESTS
-    if not path.exists():
-        return []
+    """Returns the files of a step that are not what was written."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        saved = json.loads((place / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return [DIGESTS]
     if not isinstance(saved, dict):
         return [DIGESTS]
@@ -133,8 +133,13 @@ def _digests(place: Path) -> dict[str, str]:
 
 
 def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size}" if size > LARGE else f"{size} {xxhash.xxh3_64_hexdigest(path.read_bytes())}"
+    digest, size = xxhash.xxh3_64(), path.stat().st_size
+    with open(path, "rb") as file:
+        digest.update(file.read(_ENDS if size > LARGE else size))
+        if size > LARGE:
+            file.seek(max(size - _ENDS, 0))
+            digest.update(file.read())
+    return f"{size} {digest.hexdigest()}"
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

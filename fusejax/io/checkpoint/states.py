@@ -1,4 +1,9 @@
-"""The steps of a run: `directory/<step>`, each committed at once or not at all.
+"""The steps of a run: `directory/<step>`, each there at once or not at all.
+
+Orbax commits a step by renaming it; its seal, the digests of its files, is written after that and removed before
+anything else of it is. Only a step that is sealed is one: what a kill leaves between commit and seal is as
+good as half written, because nothing could tell a flipped bit in it. The steps before it are removed when it is
+sealed, so there always is one to go on from.
 
 `StateWriter` writes in the background: `save` waits for the save before it, takes the checksums, copies the state
 (the train step donates it) and returns; Orbax writes and commits in its threads. On 200 MB and two busy CPU cores the
@@ -6,7 +11,8 @@ loop stands still for 1.0 s per save instead of 3.0 s (`benchmarks/checkpoint_st
 raised by the next `check`, `save` or `wait`. While a state is written it needs its size again in host memory.
 
 In a job of several processes all call every function here, in the same order; the first one's view of the directory
-counts, because a shared file system does not show everybody the same at once.
+counts, because a shared file system does not show everybody the same at once. They wait for each other in barriers
+that end, never in a collective.
 """
 
 import contextlib
@@ -26,6 +32,7 @@ import numpy as np
 
 from fusejax.errors import InputError
 from fusejax.io.checkpoint.checksums import (
+    DIGESTS,
     DamagedCheckpoint,
     compare,
     damaged_files,
@@ -36,7 +43,7 @@ from fusejax.io.checkpoint.checksums import (
     verify,
 )
 from fusejax.io.checkpoint.guards import explained, quiet, silenced, writable
-from fusejax.parallel.processes import barrier, is_first, process_count
+from fusejax.parallel.processes import barrier, collect, is_first
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -57,6 +64,7 @@ log = logging.getLogger("fusejax")
 TEMPORARY = ".orbax-checkpoint-tmp"
 _ASIDE = ".damaged"
 _WAIT_SECONDS = 300.0
+_READ_SECONDS = 1200.0  # between the first process that has read its part of a state and the last
 _CLEAR_SECONDS = 10.0
 
 
@@ -65,7 +73,7 @@ class StateWriter:
 
     Args:
         directory: holds the steps of the run; made where absent. What killed saves left there is removed and logged.
-        keep: newest steps that stay; None keeps all.
+        keep: newest steps that stay once a newer one is sealed; None keeps all.
         background: False returns from `save` when the step is committed.
 
     Raises:
@@ -75,14 +83,14 @@ class StateWriter:
     def __init__(self, directory: str | Path, *, keep: int | None = 2, background: bool = True):
         if keep is not None and keep < 1:
             raise InputError(f"keep must be at least 1 checkpoint or None, got {keep}.")
-        self._directory, self._background = Path(directory).absolute(), background
+        self._directory, self._background, self._keep = Path(directory).absolute(), background, keep
         self._writing: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._failed = False
         remove_orphans(self._directory)
         barrier(f"orphans {self._directory}", seconds=_WAIT_SECONDS)
-        self._manager = _manager(self._directory, keep=keep, background=background)
+        self._manager = _manager(self._directory, background=background)
         self._commit = self._manager.wait_until_finished
 
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
@@ -94,17 +102,21 @@ class StateWriter:
             extra: JSON kept in the same commit (data position, versions).
 
         Raises:
-            InputError: the step exists, or the directory cannot be written. OSError: the disk is full, now or when
-                the save before this one was written.
+            InputError: there is this step or a later one, or the directory cannot be written. OSError: the disk is
+                full, now or when the save before this one was written.
         """
         self.wait()
-        if step in all_steps(self._directory):
-            raise InputError(f"{self._directory} already holds step {step}; resume from it or take another directory.")
+        if (steps := all_steps(self._directory)) and step <= steps[-1]:
+            raise InputError(
+                f"{self._directory} already holds step {steps[-1]}; resume from it or take another directory."
+            )
         record = sealed_json({"leaves": describe(state), "extra": extra or {}})
         state = _copied(state) if self._background else state
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
         with self._guarded():
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            if step <= (self._manager.latest_step() or -1):
+                self._manager.reload()  # the run went back: else Orbax leaves out, without a word, what it has seen
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._writing = step
         self._thread = threading.Thread(target=self._await, name="fusejax-checkpoint")
         self._thread.start()
@@ -127,8 +139,6 @@ class StateWriter:
             if failure is not None:
                 self._failed = True
                 raise failure
-            if is_first() and (place := self._directory / str(self._writing)).is_dir():
-                seal(place)
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
@@ -149,6 +159,10 @@ class StateWriter:
         try:
             with silenced():  # also what Orbax's own threads have to say meanwhile
                 self._commit()
+            if is_first():
+                seal(self._directory / str(self._writing))
+                for step in all_steps(self._directory)[: -self._keep] if self._keep else []:
+                    _remove_step(self._directory / str(step))
         except Exception as error:  # raised in the caller's thread
             self._failure = error
 
@@ -235,15 +249,15 @@ def restore_newest_state(
 
 
 def all_steps(directory: str | Path) -> list[int]:
-    """Returns the committed steps in ascending order, [] where there are none."""
+    """Returns the steps that are there whole, in ascending order, [] where there are none."""
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir())
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and _sealed(entry))
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Returns the newest committed step, or None."""
+    """Returns the newest step that is there whole, or None."""
     steps = all_steps(directory)
     return _first_says(steps[-1] if steps else None)
 
@@ -253,7 +267,7 @@ def drop_steps_after(directory: str | Path, step: int) -> list[int]:
     dropped = [found for found in all_steps(directory) if found > step]
     for found in dropped if is_first() else []:
         log.warning("removing the checkpoint of step %d in %s: the run goes back to step %d", found, directory, step)
-        shutil.rmtree(Path(directory) / str(found))
+        _remove_step(Path(directory) / str(found))
     barrier(f"drop steps {directory}", seconds=_WAIT_SECONDS)
     return dropped
 
@@ -263,16 +277,27 @@ def remove_orphans(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     if not directory.is_dir() or not is_first():
         return []
-    orphans = sorted(entry for entry in directory.iterdir() if TEMPORARY in entry.name)
+    unsealed = {entry for entry in directory.iterdir() if entry.name.isdigit() and not _sealed(entry)}
+    orphans = sorted(unsealed | {entry for entry in directory.iterdir() if TEMPORARY in entry.name})
     for orphan in orphans:
         size = sum(path.stat().st_size for path in orphan.rglob("*") if path.is_file())
-        log.warning("removing %s (%.1f MB), left by a save that did not finish", orphan, size / 1e6)
+        what = "that was not sealed" if orphan in unsealed else "that did not finish"
+        log.warning("removing %s (%.1f MB), left by a save %s", orphan, size / 1e6, what)
         shutil.rmtree(orphan, ignore_errors=True)
     return orphans
 
 
-def _manager(directory: Path, *, keep: int | None = None, background: bool = False) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=background)
+def _sealed(place: Path) -> bool:
+    return (place / DIGESTS).is_file()
+
+
+def _remove_step(place: Path) -> None:
+    (place / DIGESTS).unlink()  # a kill in the middle leaves an orphan
+    shutil.rmtree(place)
+
+
+def _manager(directory: Path, *, background: bool = False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=background)
     with quiet(), writable(directory, clear=lambda: None):
         return ocp.CheckpointManager(directory, options=options)
 
@@ -295,25 +320,15 @@ def _read(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[st
 
 
 def _all_agree(problems: list[str], place: Path) -> None:
-    """Raises in all processes where one has found damage: else the others would wait for it in a collective."""
-    found = bool(problems)
-    if process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        found = bool(np.any(multihost_utils.process_allgather(np.asarray(found))))
-    if found:
-        what = problems or ["another process cannot read its part; see its output"]
-        raise DamagedCheckpoint(f"{place} is damaged, nothing was loaded: {'; '.join(what)}")
+    """Raises in all processes where one has found damage: else the others would wait for it."""
+    told = collect(f"damage of {place}", problems[:20], seconds=_READ_SECONDS)
+    if found := dict.fromkeys(problem for of_one in told for problem in of_one):
+        raise DamagedCheckpoint(f"{place} is damaged, nothing was loaded: {'; '.join(found)}")
 
 
 def _first_says(step: int | None) -> int | None:
     """Returns the value of the first process, in all of them."""
-    if process_count() == 1:
-        return step
-    from jax.experimental import multihost_utils
-
-    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if told < 0 else told
+    return collect("step to restore", step, seconds=_WAIT_SECONDS)[0]
 
 
 def _set_aside(directory: Path, step: int) -> None:
