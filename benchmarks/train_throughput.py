@@ -225,7 +225,8 @@ def rows_of(case: Case, times: dict[str, Any], peaks: dict[str, int | None]) -> 
     """Returns the rows of what has been measured."""
     model, tokens, rows = case.model, case.rows * case.shape[1], []
     shape = [*case.shape, model.hidden_size, model.num_layers, model.vocab_size, K]
-    for name, (wall, cpu) in times.items():
+    for name in (name for name in (TORCH, CLM, FUSION) if name in times):
+        wall, cpu = times[name]
         seconds = statistics.median(wall)
         wall_ratio, cpu_ratio = (
             statistics.median(a / b for a, b in zip(base, own, strict=False))
