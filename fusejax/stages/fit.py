@@ -107,8 +107,7 @@ def fit(
 
     Args:
       label: shown with the progress.
-      params: nested dict of arrays, the start.
-      config: the architecture.
+      params, config: nested dict of arrays to start from, and their architecture.
       loader: batches; batch n belongs to update n.
       directory: checkpoints, metrics.jsonl.
       optimization: optimiser and schedule.
