@@ -107,8 +107,7 @@ def fit(
 
     Args:
       label: shown with the progress.
-      params: nested dict of arrays, the start.
-      config: the architecture.
+      params, config: nested dict of arrays to start from, and their architecture.
       loader: batches; batch n belongs to update n.
       directory: checkpoints, metrics.jsonl.
       optimization: optimiser and schedule.
@@ -124,20 +123,13 @@ def fit(
       evaluate, evaluate_every: callback between steps, see `fusejax.train.loop.train`.
       watch: sees the number and the metrics of each step; may raise.
     """
-    how = {"mesh": dict(mesh or {}), "accumulation": accumulation, "remat": remat, "attention": attention}
-    how |= {"sequence_parallel": sequence_parallel, "processes": process_count()}
-    faults = faults or FaultPolicy()
     config = dataclasses.replace(config, dtype=compute_dtype, remat=remat, attention=attention)
     total = min(len(loader), max_steps or len(loader))
     schedule, optimizer = schedule_and_optimizer(config, optimization, total)
     placed = placement(config, mesh)
     plan = dict(identity) | {"total_steps": total, "optimization": optimization._asdict()}
-    if is_first():
-        settle(directory, plan, how, on_changed=faults.on_changed_settings)
-        if (replaces / MANIFEST).is_file():
-            say(f"{replaces}: settings or inputs have changed, making it again")
-            set_aside(replaces)
-    meet(f"plan {directory}")
+    how = {"mesh": dict(mesh or {}), "accumulation": accumulation, "remat": remat, "attention": attention}
+    _begin(directory, plan, how | {"sequence_parallel": sequence_parallel}, faults or FaultPolicy(), replaces)
     tokens_per_step = loader.batch_size * loader.seq_len
     with progress(label, total=total * tokens_per_step, unit="tokens") as bar:
         return train_loop(
@@ -155,13 +147,25 @@ def fit(
             wandb_project=wandb_project,
             schedule=schedule,
             annotate=peak_share(config, loader.seq_len, devices=math.prod((mesh or {}).values())),
-            faults=faults,
+            faults=faults or FaultPolicy(),
             evaluate=evaluate,
             evaluate_every=evaluate_every,
             on_step=_reporter(bar, tokens_per_step, watch),
             names=sources,
             **placed,
         )
+
+
+def _begin(
+    directory: Path, plan: Mapping[str, Any], how: Mapping[str, Any], faults: FaultPolicy, replaces: Path
+) -> None:
+    """Makes the training's directory ready, and then only sets aside the model that it replaces."""
+    if is_first():
+        settle(directory, plan, dict(how) | {"processes": process_count()}, on_changed=faults.on_changed_settings)
+        if (replaces / MANIFEST).is_file():
+            say(f"{replaces}: settings or inputs have changed, making it again")
+            set_aside(replaces)
+    meet(f"plan {directory}")
 
 
 def schedule_and_optimizer(config: ModelConfig, options: Optimization, total: int) -> tuple[Any, Any]:
