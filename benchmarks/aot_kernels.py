@@ -120,8 +120,6 @@ def needed(chip: str, case: Case) -> dict[str, int]:
         "four arrays [T, G], G padded to the lanes of a TPU": 4 * 4 * tokens * pad_to(gathered, lanes),
     }
     if case.level == 1:
-        if implementation(chip, case) == "xla":
-            return parts | {"the logits in float32": 4 * tokens * vocab}
         if CHIPS[chip][0] == "tpu" and vocab % lanes:  # else the compiler lays out arguments as the kernel wants them
             return parts | {"logits and gradient, laid out anew": 2 * 2 * tokens * vocab}
         return parts

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fused_softmax_kl import tiling
 from pallas_kernels.fused_softmax_kl.compat import gpu_interpreter, output_like
-from pallas_kernels.fused_softmax_kl.xla import RowGradient, exponentials
+from pallas_kernels.fused_softmax_kl.xla import RowGradient, exponentials, set_totals
 
 __all__ = ["forward", "gradient", "unsupported"]
 
@@ -216,30 +216,6 @@ def forward(
     return top, total, jnp.where(ids >= 0, z, 0.0)
 
 
-def _set_totals(
-    dense: Array,
-    logits: Array,
-    ids: Array,
-    rows: RowGradient,
-    grad_z: Array,
-    *,
-    temperatures: Sequence[float],
-    softcap: float | None,
-) -> Array:
-    """Returns `dense` with the entries at `ids` replaced by their totals."""
-    z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip").astype(jnp.float32)
-    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
-    # XLA's GPU compiler adds up as it compares: no array of pairs is stored, 10 MiB in all at T = 2048, G = 513.
-    total = jnp.where(ids[:, :, None] == ids[:, None, :], grad_z[:, None, :], 0.0).sum(axis=-1)
-    for i, power in enumerate(exponentials(z - rows.shift[:, None], temperatures)):
-        total += rows.factor[:, i, None] * power
-    if softcap is not None:
-        total *= jnp.where(jnp.isfinite(z), 1.0 - (z / softcap) ** 2, 0.0)
-    total = jnp.where(rows.alive[:, None], total, 0.0).astype(dense.dtype)
-    at = jnp.arange(ids.shape[0])[:, None], jnp.where(ids >= 0, ids, dense.shape[1])
-    return dense.at[at].set(total, mode="drop")
-
-
 def gradient(
     logits: Array,
     ids: Array,
@@ -268,4 +244,4 @@ def gradient(
     )(_limit_operand(limit, vocab), jnp.pad(per_row, [(0, 0), (0, padding)]), logits)
     if ids.shape[1] == 0:
         return dense
-    return _set_totals(dense, logits, ids, rows, grad_z, temperatures=temperatures, softcap=softcap)
+    return set_totals(dense, logits, ids, rows, grad_z, temperatures=temperatures, softcap=softcap)

@@ -99,5 +99,6 @@ def logits_gradient(
     # Never true, but XLA cannot know: the gathered logits are then read before the gradient takes their memory.
     above = (stats.z > 1.0).any(axis=-1, keepdims=True)
     factor = jnp.where(above & (inverse > 0), 0.0, factor)
-    rows = RowGradient(stats.shift, factor, alive)
+    # Else XLA finds the same exponentials in both directions and keeps them: a float32 array of the logits' size.
+    rows = RowGradient(lax.optimization_barrier(stats.shift), factor, alive)
     return dispatch.gradient(logits, local, limit, rows, jnp.where(local >= 0, grad_z, 0.0), spec, dtype=dtype)

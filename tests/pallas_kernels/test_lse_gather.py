@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from pallas_kernels import lse_gather
+from pallas_kernels.fused_softmax_kl import xla
 
 IMPLEMENTATIONS = ("reference", "xla")
 IDS = np.array([[3, 0, 3, -1], [22, 23, 2**31 - 1, 5], [1, 2, -100, 0], [7, 7, 7, 7], [9, 21, 22, 20]], np.int32)
@@ -93,6 +94,25 @@ def test_relative_statistics_of_large_and_shifted_logits(implementation):
         cotangent = type(near)(jnp.float32(rng.normal(size=(5, 2))), jnp.float32(rng.normal(size=(5, 4))))
         if implementation == "xla":
             np.testing.assert_array_equal(pull(cotangent)[0], pull_far(cotangent)[0])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_gradient_of_16_bits_that_accelerators_take_is_rounded_once(softcap, monkeypatch):
+    """There the entries at the ids are set to their totals, duplicates and inert ids included."""
+    logits = jnp.asarray(_logits(), jnp.bfloat16)
+    rng = np.random.default_rng(3)
+    g_lse, g_z = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
+
+    def gradient(x):
+        options = {"temperatures": (1.0, 2.0), "softcap": softcap, "valid_vocab": 22}
+        out, pull = jax.vjp(lambda x: lse_gather(x, jnp.asarray(IDS), **options), x)
+        return pull(type(out)(g_lse, g_z))[0]
+
+    exact = np.asarray(gradient(logits.astype(jnp.float32)))
+    monkeypatch.setattr(xla.lax, "platform_dependent", lambda *given, cpu, default: default(*given))
+    found = gradient(logits)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_rows_without_cotangent_get_exact_zeros():
