@@ -43,7 +43,8 @@ Made by `python benchmarks/scaling.py`: Llama-2-7B, rows of 2048 tokens, one row
 full rematerialisation, H100 nodes of 8 (450 GB/s inside, 50 GB/s per device between nodes). Bytes are counted in the
 program that XLA partitions for that many faked devices; times are the model of `fusejax/parallel/costs.py`. No such
 machine was used. *Efficiency* is tokens per second and device over those of one device that had the memory, with
-collectives behind the computation; *without overlap* with none of them there.
+collectives behind the computation; *without overlap* with none of them there. It is above 100 % where more devices
+share what one does alone in every micro-batch: adding gradients to their sum, 16 bytes per parameter.
 
 How bytes grow. A micro-batch gathers every layer's parameters twice (forward, and again for the backward pass, where
 they are not kept) and scatters their gradients once, in bfloat16: 3 * 2 bytes * parameters * (n - 1) / n per device,
