@@ -47,7 +47,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENT
 check lint .venv/bin/python -m ruff check .
 check format .venv/bin/python -m ruff format --check .
 check types .venv/bin/python -m pyright --pythonpath .venv/bin/python
-check tests .venv/bin/python -m pytest -q -n "$workers" --durations=10
+check tests .venv/bin/python -m pytest -q -n "$workers" --dist worksteal --durations=60
 check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart" --json
 
 first=$(.venv/bin/python -c 'import sys; print(sys.version_info[1])')
@@ -59,7 +59,7 @@ if other=$(find_python "$second"); then
   # Two thirds of the time of the fast tests is compilation.
   check "tests on Python 3.$second" \
     env XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
-    ".venv-3$second/bin/python" -m pytest -q -n "$workers" -m "not slow and not optimized"
+    ".venv-3$second/bin/python" -m pytest -q -n "$workers" --dist worksteal --durations=30 -m "not slow and not optimized"
 else
   say "No second interpreter: looked for python3.$second on PATH and under ${PYENV_ROOT:-$HOME/.pyenv}/versions"
 fi

@@ -19,6 +19,7 @@ from fusejax.stages.context import Run
 from fusejax.stages.corpus_size import planned_text
 from fusejax.stages.plan_disk import BYTES_PER_TOKEN, disk_bytes
 from fusejax.stages.prepare import EMBEDDED
+from fusejax.stages.resume import REPLACED
 
 # An artefact's name in docs/artefacts.md -> the stages that make it, and where in the run's directory.
 _MADE_BY = {
@@ -106,4 +107,6 @@ def _text_bytes(run: Run) -> float | None:
 
 
 def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes below a directory, without what was set aside and so stays."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if not any(REPLACED in part for part in path.parts))
