@@ -150,20 +150,21 @@ def _together(event: Array, first: Array, events: int, rounds: int) -> Array:
 
     Args:
       event: [T, G] int32, -1 for padding.
-      first: [T, G] int32 in 0..G-1, the same for equal ids.
+      first: [T, G] int32 in 0..G-1, the first position of each id.
       events: E.
       rounds: how often ways are doubled; 0: only events that share an id directly with the least one.
     """
-    slots, of_event = jnp.arange(events, dtype=event.dtype), event[:, None, :] == jnp.arange(events)[:, None]
+    slots = jnp.arange(events, dtype=event.dtype)
+    owner = jnp.take_along_axis(event, first, axis=-1)
     if rounds == 0:
-        owner = jnp.take_along_axis(event, first, axis=-1)
+        of_event = event[:, None, :] == slots[:, None]
         return jnp.minimum(jnp.where(of_event, owner[:, None, :], events).min(axis=-1), slots)
-    position = jnp.arange(event.shape[1], dtype=first.dtype)
-    # [T, E, G]: which ids, each named by its first position, an event has.
-    has = jnp.einsum("teg,tgi->tei", of_event.astype("f"), (first[:, :, None] == position).astype("f"))
-    way = jnp.einsum("tei,tfi->tef", has, has) + jnp.eye(events)
+    # An edge from each event of an id to the first: [T, E, E], while pairs of ids would be [T, G, G].
+    rows, nowhere = jnp.arange(len(event))[:, None], jnp.where(event >= 0, event, events)
+    edges = jnp.zeros((len(event), events, events)).at[rows, nowhere, owner].set(1.0, mode="drop")
+    way = edges + edges.swapaxes(1, 2) + jnp.eye(events)
     for _ in range(rounds):
-        way = (way > 0).astype("f")
+        way = (way > 0).astype(jnp.float32)
         way = jnp.einsum("tef,tfg->teg", way, way)
     return jnp.where(way > 0, slots, events).min(axis=-1).astype(event.dtype)
 
