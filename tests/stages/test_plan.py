@@ -137,7 +137,7 @@ def test_no_device_holds_logits_of_all_its_tokens(compiled):
 SMALL = ModelConfig(512, 64, 128, 2, 4, 2, dtype="bfloat16", remat="full")
 
 
-@pytest.mark.parametrize("fsdp", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
+@pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_state_falls_with_the_number_of_shards_and_rows_do_not(fsdp):
     """The compiled step's own arguments: a 1 / fsdp part of the state, and the same rows on each device."""
     asked = shape(SMALL, fsdp=fsdp, rows=4 * fsdp, accumulation=1)
@@ -254,7 +254,7 @@ def test_the_golden_tables_are_what_the_code_predicts(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [0, 7], ids=lambda n: "-".join(golden_rows()[n]["shape"]))
+@pytest.mark.parametrize("program", [0], ids=lambda n: "-".join(golden_rows()[n]["shape"]))
 def test_the_program_is_that_of_the_golden_tables(program):
     """Each model once, with and without a tensor axis; that the others follow the same code is tested above."""
     row = golden_rows()[program]

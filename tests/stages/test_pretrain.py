@@ -225,7 +225,7 @@ def test_of_conversations_the_answers_are_trained(made, monkeypatch):
         "fusejax.stages.pretrain_models.pretrain",
         lambda directory, _, documents, **rest: seen.setdefault(directory.name, Encoded(documents)),
     )
-    monkeypatch.setattr("fusejax.stages.pretrain_models.finished", lambda *_, **__: None)
+    monkeypatch.setattr("fusejax.stages.pretrain_models.finished_model", lambda *_, **__: None)
     pretrain_models(Run(config))
     assert "mask" not in seen["pivot"][0].arrays
     rows = [json.loads(line) for line in (root / "talks.jsonl").read_text().splitlines()]

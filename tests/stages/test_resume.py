@@ -82,6 +82,7 @@ def stopped(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "accumulation"), [({}, 2), ({"fsdp": 4}, 1)], ids=["one-accumulated", "fsdp4"])
 def test_a_training_goes_on_upon_another_mesh(stopped, tmp_path, capsys, mesh, accumulation):
     directory = shutil.copytree(stopped, tmp_path / "train")
@@ -95,6 +96,7 @@ def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_refused_by_name_and_kept(stopped, tmp_path, monkeypatch, capsys):
     directory = shutil.copytree(stopped, tmp_path / "train")
     write_manifest(_made(tmp_path / "model"), kind="model", settings={})
