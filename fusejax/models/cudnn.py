@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fusejax.errors import InputError
+from fusejax.parallel.processes import collect
 
 __all__ = ["check_cudnn", "cudnn_attention", "document_lengths", "suits_cudnn"]
 
@@ -27,6 +28,7 @@ log = logging.getLogger("fusejax")
 _DTYPES = ("bfloat16", "float16")
 _PLATFORMS = ("gpu", "cuda")
 _AMPERE = 8.0  # compute capability
+_TRY_SECONDS = 300.0  # for which another process may be compiling its try
 _TOLERANCE = 0.05  # of the largest value; 16 bits come to within 0.01, a row that reads a hidden key does not
 
 
@@ -59,7 +61,8 @@ def suits_cudnn(q: jax.Array, k: jax.Array, mesh: Mesh | None, *, window: int | 
         return False
     if dtype not in _DTYPES or q.shape[1] != k.shape[1]:
         return False
-    return _agrees(dtype, q.shape[1], q.shape[2] // k.shape[2], q.shape[3], window, rows)
+    shape = dtype, q.shape[1], q.shape[2] // k.shape[2], q.shape[3], window, rows
+    return _agree_everywhere(*shape) if _spans_processes(mesh) else _agrees(*shape)
 
 
 def document_lengths(segments: jax.Array) -> jax.Array:
@@ -91,13 +94,25 @@ def _device(mesh: Mesh | None) -> Any:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+def _spans_processes(mesh: Mesh | None) -> bool:
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+@functools.cache
+def _agree_everywhere(*shape: Any) -> bool:
+    """Whether they agree in every process: programs that differ would wait for each other for ever."""
+    found = collect(f"attention {shape}", _agrees(*shape), seconds=_TRY_SECONDS)
+    if any(found) and not all(found):
+        bad = [rank for rank, agrees in enumerate(found) if not agrees]
+        log.warning("attention: plain operations in place of cuDNN's, which serves all processes but %s", bad)
+    return all(found)
+
+
 @functools.cache
 def _agrees(*shape: Any) -> bool:
     """Whether cuDNN and plain operations agree on this process's device; says so where they do not."""
     try:
-        with ThreadPoolExecutor(
-            1
-        ) as alone:  # a thread knows nothing of the trace and the mesh that this is called under
+        with ThreadPoolExecutor(1) as alone:  # which knows nothing of the trace and the mesh that this is called under
             difference = alone.submit(_difference, *shape).result()
     except Exception as error:  # whatever jax, cuDNN or the compiler raise where they do not serve this shape
         log.warning("attention: plain operations in place of cuDNN's, which failed when tried: %s", error)

@@ -117,6 +117,22 @@ def test_auto_is_for_nvidia_s_devices_from_ampere_on(monkeypatch):
     assert not suits(q.astype(jnp.float32)) and not suits(q[:, :1])
 
 
+def test_processes_take_it_together_or_not_at_all(monkeypatch, caplog):
+    monkeypatch.setattr(cudnn, "_agrees", lambda *shape: True)
+    monkeypatch.setattr(cudnn, "_device", lambda mesh: A100)
+    q = jnp.zeros((1, 16, 4, 8), jnp.bfloat16)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=n) for n in (0, 0, 1, 1)]))
+    for others, suits in ((True, True), (False, False)):
+        cudnn._agree_everywhere.cache_clear()
+        asked = []
+        monkeypatch.setattr(cudnn, "collect", lambda name, own, asked=asked, **_: asked.append(name) or [own, others])
+        for _ in range(2):
+            assert suits_cudnn(q, q, mesh, window=None, rows=False) is suits
+        assert len(asked) == 1, "once for each shape"
+    assert "all processes but [1]" in caplog.text
+    cudnn._agree_everywhere.cache_clear()
+
+
 @pytest.fixture
 def told(monkeypatch):
     """What cuDNN is told, call by call; plain operations compute it."""
