@@ -125,7 +125,9 @@ def test_processes_take_it_together_or_not_at_all(monkeypatch, caplog):
     for others, suits in ((True, True), (False, False)):
         cudnn._agree_everywhere.cache_clear()
         asked = []
-        monkeypatch.setattr(cudnn, "collect", lambda name, own, asked=asked, **_: asked.append(name) or [own, others])
+        monkeypatch.setattr(
+            cudnn, "collect", lambda name, own, asked=asked, others=others, **_: asked.append(name) or [own, others]
+        )
         for _ in range(2):
             assert suits_cudnn(q, q, mesh, window=None, rows=False) is suits
         assert len(asked) == 1, "once for each shape"
