@@ -50,9 +50,10 @@ check types .venv/bin/python -m pyright --pythonpath .venv/bin/python
 # Two thirds of the time of the fast tests is LLVM's, for programs that run once. XLA's own passes run all the same; tests
 # that hang on roundings, slow ones and the quickstart are compiled as users' programs are.
 quick=(env XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-tests=(-m pytest -q -n "$workers" --dist worksteal --durations=20)
-check "fast tests" "${quick[@]}" .venv/bin/python "${tests[@]}" -m "not slow and not optimized"
-check "slow tests" .venv/bin/python "${tests[@]}" -m "slow or optimized"
+tests=(-m pytest -q --dist worksteal --durations=20)
+check "fast tests" "${quick[@]}" .venv/bin/python "${tests[@]}" -n "$workers" -m "not slow and not optimized"
+# Many of the slow ones wait for processes and schedulers: one worker more.
+check "slow tests" .venv/bin/python "${tests[@]}" -n "$((workers + 1))" -m "slow or optimized"
 check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart" --json
 
 first=$(.venv/bin/python -c 'import sys; print(sys.version_info[1])')
@@ -62,7 +63,7 @@ if other=$(find_python "$second"); then
   ensure_venv ".venv-3$second" "$other"
   install ".venv-3$second" test
   check "fast tests on Python 3.$second" \
-    "${quick[@]}" ".venv-3$second/bin/python" "${tests[@]}" -m "not slow and not optimized"
+    "${quick[@]}" ".venv-3$second/bin/python" "${tests[@]}" -n "$workers" -m "not slow and not optimized and not once"
 else
   say "No second interpreter: looked for python3.$second on PATH and under ${PYENV_ROOT:-$HOME/.pyenv}/versions"
   echo "Kernels for NVIDIA GPUs need JAX 0.11 and so Python 3.12: without it none of their tests has run." >&2

@@ -191,6 +191,7 @@ def _measure(source, target, texts, make=coarse_map):
 
 
 @needs_data
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("target", "source", "published"),
     [("llama2", "gpt-neox-20b", 0.994), ("llama2", "mpt", 0.994), ("llama3", "mistral-v1", 0.996)],

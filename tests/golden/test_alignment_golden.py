@@ -28,7 +28,10 @@ from fusejax.alignment.parity.split import pack_rows
 from tests.paths import GOLDEN
 
 ROOT = GOLDEN / "alignment"
-pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason=f"golden alignments are not at {ROOT}")
+pytestmark = [
+    pytest.mark.skipif(not ROOT.is_dir(), reason=f"golden alignments are not at {ROOT}"),
+    pytest.mark.once,
+]
 
 
 @functools.cache

@@ -127,6 +127,7 @@ def test_nothing_compiled_is_no_success(aot, monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 2 and "unknown chips: v5x" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_losses_are_measured_shape_by_shape(bench, monkeypatch, tmp_path, capsys):
     path, states, write = tmp_path / "new" / "rows.json", [], bench.write
     find = importlib.util.find_spec

@@ -11,6 +11,8 @@ from fusejax.cli import COMMANDS
 from tests.paths import ROOT
 from tests.repo.markdown import commands, documents, links
 
+pytestmark = pytest.mark.once
+
 DOCUMENTS = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in documents()]
 
 

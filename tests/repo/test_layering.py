@@ -1,7 +1,11 @@
 """Imports point down only, neighbours do not import each other, and each third party has its fence."""
 
+import pytest
+
 from tests.paths import ROOT
 from tests.repo.tree import imports, module_name, sources, third_parties
+
+pytestmark = pytest.mark.once
 
 # Longest prefix wins. A unit may import its own unit and every lower layer.
 LAYERS = {

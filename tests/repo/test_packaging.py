@@ -16,6 +16,8 @@ import fusejax
 from tests.paths import ROOT
 from tests.repo.tree import PACKAGES, sources, third_parties
 
+pytestmark = pytest.mark.once
+
 # Imported name -> distribution, where they differ; `google` is `google.protobuf`.
 DISTRIBUTIONS = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "google": "protobuf", "lm_eval": "lm-eval"}
 # Declared although nothing here imports them.

@@ -2,8 +2,12 @@
 
 import ast
 
+import pytest
+
 from tests.paths import ROOT
 from tests.repo.tree import PACKAGES, parse, sources
+
+pytestmark = pytest.mark.once
 
 MAX_FILE, MAX_FUNCTION, MAX_DOCSTRING, MAX_NAMES, MAX_SCRIPT = 400, 80, 25, 25, 80
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.once
+
 PLACE = ROOT / "scripts" / "benchmarks"
 SCRIPTS = sorted(path.name for path in PLACE.glob("*.sh") if path.name != "common.sh")
 KEYED = ("alpaca_eval.sh", "mt_bench.sh")

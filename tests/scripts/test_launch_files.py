@@ -18,6 +18,8 @@ from tests.paths import ROOT
 from tests.scripts.crd import problems, schema_of
 from tests.scripts.jobset import JobSet
 
+pytestmark = pytest.mark.once
+
 SCRIPTS = ROOT / "scripts"
 JOBSETS = sorted(SCRIPTS.glob("gke_jobset_*.yaml"))
 LAUNCH = [

@@ -7,6 +7,8 @@ from jax._src import clusters
 from fusejax.errors import InputError
 from fusejax.parallel import processes
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def joined(monkeypatch):

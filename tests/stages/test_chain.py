@@ -98,6 +98,7 @@ def test_fused_records_have_a_slot_per_chain(finished_run, fusion, sources):
     assert sum(reader.manifest.facts["wins"].values()) >= reader.manifest.facts["supervised"]
 
 
+@pytest.mark.once
 def test_a_chain_adds_its_binary_divergence_to_the_loss(finished_run):
     """The difference that the chain slots make is the sum of KL({label, else}) by hand, in float64."""
     directory = finished_run

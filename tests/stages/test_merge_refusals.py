@@ -244,6 +244,7 @@ def test_what_was_damaged_meanwhile_is_made_again(models, out, monkeypatch):
 _KEPT_PROGRAMS = {"PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
+@pytest.mark.once
 def test_memory_does_not_grow_with_the_model_and_a_kill_leaves_no_half_model(tmp_path):
     """In a process of its own: 80 MB per model in matrices of 4 MB; then the same, killed by the system."""
     config = CONFIG | {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 2048, "num_hidden_layers": 5}

@@ -68,6 +68,7 @@ def test_tpus_hold_no_scores_and_share_memory():
     assert predict(plain, tpu=True).temporaries > predict(many, tpu=True).temporaries
 
 
+@pytest.mark.once
 def test_narrow_moments_and_parameters_are_counted():
     narrow = shape()._replace(optimization=Optimization(1e-5, moments_dtype="bfloat16", param_dtype="bfloat16"))
     found, wide = predict(narrow), predict(shape())
@@ -331,6 +332,7 @@ def test_256_devices_and_what_the_plan_is_not_of(tmp_path, capsys):
     assert "Note: memory.attention is cudnn" in text and "passes 4 times" in text and "models in float32" in text
 
 
+@pytest.mark.once
 def test_what_does_not_fit_comes_with_what_would():
     mesh = {"data": 1, "fsdp": 2, "tensor": 1}
     config = preset_run("tinyllama-1.1b", mesh)
