@@ -71,6 +71,7 @@ class Guard:
     def __init__(self) -> None:
         self.request: _Request | None = None
         self._training = self._closed = False
+        self._ended = False  # whether a signal was to end the command where it was
         self._interrupts = 0  # times that SIGINT has come
         self._watchdog: float | None = None
         self._phase, self._step, self._since = "starting", None, time.monotonic()
@@ -128,6 +129,7 @@ class Guard:
         self.request = self.request or _Request(number, time.monotonic())
         self._interrupts += number == signal.SIGINT
         if not self._training:
+            self._ended = True
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise self.preempted("what was finished is kept")
@@ -234,6 +236,12 @@ def guarded() -> Iterator[Guard]:
         thread.start()
         try:
             yield guard
+        except Exception as error:
+            # `Preempted`, raised between two bytecodes of a finaliser, is dropped by Python. What fails then, because the
+            # other processes have ended as they were asked to, is no failure.
+            if guard._ended:
+                raise guard.preempted("what was finished is kept") from error
+            raise
         finally:
             guard._closed = True
             thread.join(_POLL * 4)
