@@ -237,8 +237,8 @@ def guarded() -> Iterator[Guard]:
         try:
             yield guard
         except Exception as error:
-            # `Preempted`, raised between two bytecodes of a finaliser, is dropped by Python. What fails then, because the
-            # other processes have ended as they were asked to, is no failure.
+            # `Preempted`, raised between two bytecodes of a finaliser, is dropped by Python. What fails then, because
+            # the other processes have ended as they were asked to, is no failure.
             if guard._ended:
                 raise guard.preempted("what was finished is kept") from error
             raise
