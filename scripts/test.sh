@@ -52,8 +52,9 @@ check types .venv/bin/python -m pyright --pythonpath .venv/bin/python
 quick=(env XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 tests=(-m pytest -q --dist worksteal --durations=20)
 check "fast tests" "${quick[@]}" .venv/bin/python "${tests[@]}" -n "$workers" -m "not slow and not optimized"
-check "slow tests" .venv/bin/python "${tests[@]}" -n "$workers" -m "slow or optimized"
-check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart" --json
+check quickstart .venv/bin/fusejax quickstart --fast --out "$scratch/quickstart/run" --cache "$scratch/quickstart/cache" --json
+check "slow tests" env FUSEJAX_TEST_QUICKSTART="$scratch/quickstart" \
+  .venv/bin/python "${tests[@]}" -n "$workers" -m "slow or optimized"
 
 first=$(.venv/bin/python -c 'import sys; print(sys.version_info[1])')
 second=11
