@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fused_softmax_kl import tiling
 from pallas_kernels.fused_softmax_kl.compat import gpu_interpreter, output_like
-from pallas_kernels.fused_softmax_kl.xla import RowGradient, exponentials, set_totals
+from pallas_kernels.fused_softmax_kl.xla import RowGradient, exponentials, prepare_logits, set_totals
 
 __all__ = ["forward", "gradient", "unsupported"]
 
@@ -210,9 +210,8 @@ def forward(
     decay = exponentials(tops - top, temperatures)
     total = jnp.stack([(sums[:, i] * scale).sum(axis=0) for i, scale in enumerate(decay)], axis=-1)[:tokens]
     top = jnp.where(top <= _LOWEST, -jnp.inf, top)[:tokens]
-    z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip").astype(jnp.float32)
-    if softcap is not None:
-        z = softcap * jnp.tanh(z / softcap)
+    z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip")
+    z = prepare_logits(z, softcap=softcap, limit=None)
     return top, total, jnp.where(ids >= 0, z, 0.0)
 
 

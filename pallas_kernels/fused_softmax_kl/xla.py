@@ -148,14 +148,14 @@ def set_totals(
     softcap: float | None,
 ) -> Array:
     """Returns `dense` with the entries at `ids` replaced by their totals: rounded once, in place, deterministic."""
-    z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip").astype(jnp.float32)
-    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+    z = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1, mode="clip")
+    z = prepare_logits(z, softcap=softcap, limit=None)
     # XLA's GPU compiler adds up as it compares and stores no pairs: 10 MiB in all at T = 2048, G = 513.
     total = jnp.where(ids[:, :, None] == ids[:, None, :], grad_z[:, None, :], 0.0).sum(axis=-1)
     for i, power in enumerate(exponentials(z - rows.shift[:, None], temperatures)):
         total += rows.factor[:, i, None] * power
     if softcap is not None:
-        total *= jnp.where(jnp.isfinite(z), 1.0 - (z / softcap) ** 2, 0.0)
+        total *= _slope(z, softcap)
     total = jnp.where(rows.alive[:, None], total, 0.0).astype(dense.dtype)
     at = jnp.arange(ids.shape[0])[:, None], jnp.where(ids >= 0, ids, dense.shape[1])
     return dense.at[at].set(total, mode="drop")
